@@ -1,0 +1,300 @@
+"""Events and actions of the two machines. `handle(event, now_s) -> list[action]`; the shell performs the actions.
+
+A *rectangle* is layers × blocks of one KV cache group: the unit in which KV becomes complete, is posted, and is counted.
+Layer indices count the layers of that group on this rank, in model order; block indices count from the start of the
+request (block i holds tokens [i*n, (i+1)*n)).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One worker rank of one incarnation of an engine."""
+
+    incarnation: Incarnation
+    rank: Rank
+
+
+@dataclass(frozen=True, slots=True)
+class Rect:
+    group: int
+    layer_lo: int
+    layer_hi: int
+    block_lo: int
+    block_hi: int
+
+
+# --- events both machines take -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """A Beat of the peer arrived: every lease of the pair is renewed from now."""
+
+    peer: Peer
+
+
+@dataclass(frozen=True, slots=True)
+class PeerGone:
+    """`dead`: proven (its process is gone and the connection drained), so nothing of it can land; else only silent."""
+
+    peer: Peer
+    dead: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; deadlines are examined."""
+
+
+# --- prefill side --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """The engine has taken a request whose KV is to be pushed. May come after its Grant."""
+
+    transfer_id: TransferId
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """The KV of `rect` is complete in memory (or was found in the prefix cache)."""
+
+    transfer_id: TransferId
+    rect: Rect
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDone:
+    """Every rectangle of the prompt has been announced by Computed."""
+
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    """The engine cannot finish this request (abort, error, preemption without resumption)."""
+
+    transfer_id: TransferId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """A Grant arrived. `blocks[g]` = [first, last) request blocks of group g that the grant covers."""
+
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    blocks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NotNeededCame:
+    transfer_id: TransferId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCame:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """The Completion of write `seq`: `error` is empty if it landed."""
+
+    transfer_id: TransferId
+    seq: int
+    error: str = ""
+
+
+# --- prefill side: actions -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PostWrite:
+    """Post `rect` to `peer` with a WriteNote of `seq`. Answer with WriteDone, also when it cannot be posted."""
+
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    seq: int
+    rect: Rect
+
+
+@dataclass(frozen=True, slots=True)
+class SendSeal:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    writes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    reason: str
+    landed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendCancelled:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+class SendOutcome(StrEnum):
+    SENT = "sent"
+    NOT_NEEDED = "not_needed"
+    CANCELLED = "cancelled"
+    WITHDRAWN = "withdrawn"
+    FAILED = "failed"
+    PEER_LOST = "peer_lost"
+    EXPIRED = "expired"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """This rank no longer reads the request's blocks: the shell reports finished_sending for an offered request.
+
+    `request_id` is None for a transfer that was granted but never offered.
+    """
+
+    transfer_id: TransferId
+    request_id: RequestId | None
+    outcome: SendOutcome
+    reason: str
+
+
+# --- decode side ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Expect:
+    """Blocks were granted. `writers` are the prefill ranks that write to this rank.
+
+    `rects` are what has to be covered, each cell by every writer (ranks write disjoint head ranges; with one writer: by it); `payload_bytes`
+    is what one writer has to deliver.
+    """
+
+    transfer_id: TransferId
+    request_id: RequestId
+    epoch: Epoch
+    writers: tuple[Peer, ...]
+    rects: tuple[Rect, ...]
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landed:
+    """A WriteNote arrived and its checksum is right (`valid`) or wrong."""
+
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    seq: int
+    rect: Rect
+    payload_bytes: int
+    valid: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    writes: int
+    payload_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailedCame:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelledCame:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The engine no longer wants it (client gone). Blocks stay held until the Report."""
+
+    transfer_id: TransferId
+
+
+# --- decode side: actions ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendCancel:
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+class ReceiveOutcome(StrEnum):
+    LOADED = "loaded"
+    FAILED = "failed"
+    ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Exactly one per Expect. FAILED with `drained=False`: the blocks must be quarantined until Drained.
+
+    ABANDONED is reported only once drained.
+    """
+
+    transfer_id: TransferId
+    request_id: RequestId
+    outcome: ReceiveOutcome
+    drained: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """After Report(drained=False): nothing can land in those blocks any more."""
+
+    transfer_id: TransferId
+    request_id: RequestId
+
+
+SenderEvent = (
+    Offer
+    | Computed
+    | PromptDone
+    | Withdraw
+    | Granted
+    | NotNeededCame
+    | CancelCame
+    | WriteDone
+    | Heard
+    | PeerGone
+    | Tick
+)
+SenderAction = PostWrite | SendSeal | SendFailed | SendCancelled | Finished
+ReceiverEvent = Expect | Landed | Sealed | FailedCame | CancelledCame | Abandon | Heard | PeerGone | Tick
+ReceiverAction = SendCancel | Report | Drained

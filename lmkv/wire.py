@@ -1,0 +1,305 @@
+"""Every message that crosses a process border, as msgspec Structs; no pickle anywhere.
+
+Two planes carry them: the **control plane** (ZeroMQ, `Control`) and **notes** on the data plane (`Note`), which
+arrive with or after the bytes they speak of. `encode`/`decode_*` are the only way in and out; whatever cannot be read
+raises WireError and is dropped by the shell with a counter.
+
+Growth: new fields get defaults and go last; a field is never reused; a change that old peers cannot read raises PROTOCOL.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from .errors import WireError
+from .ids import EngineName, Epoch, Incarnation, Rank, TransferId
+
+PROTOCOL = 1
+
+
+class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Array-encoded, tagged by class name."""
+
+
+# --- what engines tell each other about themselves ---------------------------------------------------------------------
+
+
+class LayerCard(_Message, frozen=True):
+    """Where one layer's blocks lie in a worker: block b is `block_bytes` at `address + b * block_stride_bytes`."""
+
+    address: int
+    block_bytes: int
+    block_stride_bytes: int
+    num_blocks: int
+    group: int
+    """Index of the KV cache group the layer belongs to (an index into Grant.block_ids)."""
+    device: int = 0
+
+
+class WorkerCard(_Message, frozen=True):
+    """One worker rank: its control address, its data plane export, its layers in model order."""
+
+    rank: Rank
+    address: str
+    scheme: str
+    export: bytes
+    kind: str
+    """Memory kind of the KV cache: "DRAM" or "VRAM"."""
+    layers: tuple[LayerCard, ...]
+    scratch_address: int
+    scratch_bytes: int
+    """A few registered bytes nobody reads, for warming a pair."""
+
+
+class EngineCard(_Message, frozen=True):
+    """One engine. `must` fields have to be equal for any exchange; `layout` fields for direct mode."""
+
+    name: EngineName
+    incarnation: Incarnation
+    address: str
+    role: str
+    """"prefill", "decode" or "both"."""
+    must: dict[str, str]
+    layout: dict[str, str]
+    block_tokens: tuple[int, ...]
+    """Tokens a block, by KV cache group."""
+    workers: tuple[WorkerCard, ...]
+    protocol: int = PROTOCOL
+
+
+# --- control plane: pairing ----------------------------------------------------------------------------------------------
+
+
+class Meet(_Message, frozen=True, tag=True):
+    """To an engine: pair with the engine at `address`. Answered by Met when it is done or refused."""
+
+    address: str
+    token: str
+
+
+class Met(_Message, frozen=True, tag=True):
+    """`name`/`incarnation` are the peer's; `refused` is empty when the pair is ready."""
+
+    token: str
+    name: str
+    incarnation: str
+    refused: str = ""
+
+
+class Hello(_Message, frozen=True, tag=True):
+    card: EngineCard
+
+
+class Welcome(_Message, frozen=True, tag=True):
+    """The sender has connected and warmed all its workers to the Hello's engine."""
+
+    card: EngineCard
+
+
+class Refuse(_Message, frozen=True, tag=True):
+    """No exchange with the sender. `field` is what differs ("" if it is not a field)."""
+
+    incarnation: Incarnation
+    reason: str
+    field: str = ""
+
+
+class Introduce(_Message, frozen=True, tag=True):
+    """Engine to its own workers: connect to this peer and warm it."""
+
+    card: EngineCard
+
+
+class Introduced(_Message, frozen=True, tag=True):
+    """Worker to its own engine. `error` is empty on success."""
+
+    rank: Rank
+    incarnation: Incarnation
+    error: str = ""
+
+
+class Dismiss(_Message, frozen=True, tag=True):
+    """Engine to its own workers: that incarnation is gone (`dead`: proven, else only replaced)."""
+
+    incarnation: Incarnation
+    dead: bool
+
+
+# --- control plane: liveness ---------------------------------------------------------------------------------------------
+
+
+class Beat(_Message, frozen=True, tag=True):
+    """Between paired workers, both ways. Renews every lease of the pair. Times are the sender's monotonic clock, s."""
+
+    incarnation: Incarnation
+    rank: Rank
+    sent_s: float
+    echo_s: float = 0.0
+    """`sent_s` of the last Beat received, 0 if none; with `held_s` gives the round trip and the clock offset."""
+    held_s: float = 0.0
+
+
+# --- control plane: one transfer (all from or to worker ranks) -----------------------------------------------------------
+
+
+class Grant(_Message, frozen=True, tag=True):
+    """Decode engine to every prefill rank: these blocks are yours to write until the lease ends.
+
+    `block_ids[g][i]` is decode's block for block `first_block[g] + i` of the request in group g; id 0 (vLLM's null
+    block) means "do not send". `first_token` is where the granted range starts, `prompt_tokens` where it ends.
+    """
+
+    incarnation: Incarnation
+    transfer_id: TransferId
+    epoch: Epoch
+    first_token: int
+    prompt_tokens: int
+    first_block: tuple[int, ...]
+    block_ids: tuple[tuple[int, ...], ...]
+    sent_s: float
+
+
+class NotNeeded(_Message, frozen=True, tag=True):
+    """Decode engine to every prefill rank: nothing to send for this transfer."""
+
+    incarnation: Incarnation
+    transfer_id: TransferId
+    reason: str
+
+
+class Cancel(_Message, frozen=True, tag=True):
+    """Decode rank to prefill rank: post no more; answer Cancelled once nothing of yours can land."""
+
+    incarnation: Incarnation
+    rank: Rank
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+class Cancelled(_Message, frozen=True, tag=True):
+    """Prefill rank to decode rank: nothing of this transfer and epoch will land any more."""
+
+    incarnation: Incarnation
+    rank: Rank
+    transfer_id: TransferId
+    epoch: Epoch
+
+
+class Failed(_Message, frozen=True, tag=True):
+    """Prefill rank to decode rank: this transfer will not complete, and nothing of it will land any more."""
+
+    incarnation: Incarnation
+    rank: Rank
+    transfer_id: TransferId
+    epoch: Epoch
+    reason: str
+    landed_bytes: int = 0
+
+
+# --- control plane: questions --------------------------------------------------------------------------------------------
+
+
+class Describe(_Message, frozen=True, tag=True):
+    """To an engine: who are you, and whom are you paired with?"""
+
+    token: str
+
+
+class Description(_Message, frozen=True, tag=True):
+    token: str
+    name: EngineName
+    incarnation: Incarnation
+    role: str
+    peers: tuple[tuple[str, str], ...]
+    """(name, incarnation) of ready peers."""
+    counters: dict[str, int]
+
+
+class Explain(_Message, frozen=True, tag=True):
+    """To an engine: the ledger of one transfer."""
+
+    token: str
+    transfer_id: TransferId
+
+
+class Explained(_Message, frozen=True, tag=True):
+    token: str
+    ledger: bytes
+    """JSON, b"" if the transfer is not known (any more)."""
+
+
+Control = (
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | Beat
+    | Grant | NotNeeded | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+)  # fmt: skip
+
+
+# --- notes on the data plane ---------------------------------------------------------------------------------------------
+
+
+class WriteNote(_Message, frozen=True, tag="w"):
+    """Came with a write: layers [layer_lo, layer_hi) of blocks [block_lo, block_hi) of `group` have landed.
+
+    Block indices count from the start of the request. `checksum` is xxh3-64 over the bytes of the write in the order
+    layer, block; 0 when the writer does not checksum (device memory).
+    """
+
+    transfer_id: TransferId
+    epoch: Epoch
+    rank: Rank
+    seq: int
+    group: int
+    layer_lo: int
+    layer_hi: int
+    block_lo: int
+    block_hi: int
+    payload_bytes: int
+    checksum: int
+
+
+class SealNote(_Message, frozen=True, tag="s"):
+    """Everything of this rank has been posted: so many writes, so many bytes. May overtake the writes."""
+
+    transfer_id: TransferId
+    epoch: Epoch
+    rank: Rank
+    writes: int
+    payload_bytes: int
+
+
+class WarmNote(_Message, frozen=True, tag="p"):
+    """First write of a pair; carries nothing."""
+
+    incarnation: Incarnation
+
+
+Note = WriteNote | SealNote | WarmNote
+
+_encoder = msgspec.msgpack.Encoder()
+_control_decoder: msgspec.msgpack.Decoder[Control] = msgspec.msgpack.Decoder(Control)
+_note_decoder: msgspec.msgpack.Decoder[Note] = msgspec.msgpack.Decoder(Note)
+
+_T = TypeVar("_T")
+
+
+def encode(message: Control | Note) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_control(payload: bytes) -> Control:
+    """Raises WireError."""
+    return _decode(_control_decoder, payload)
+
+
+def decode_note(payload: bytes) -> Note:
+    """Raises WireError."""
+    return _decode(_note_decoder, payload)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[_T], payload: bytes) -> _T:
+    try:
+        return decoder.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+        raise WireError(f"a message of {len(payload)} bytes cannot be read: {error}", code="LMKV-W201") from error
