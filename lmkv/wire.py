@@ -99,9 +99,10 @@ class Welcome(_Message, frozen=True, tag=True):
 
 
 class Refuse(_Message, frozen=True, tag=True):
-    """No exchange with the sender. `field` is what differs ("" if it is not a field)."""
+    """No exchange with the sender (at `address`). `field` is what differs."""
 
     incarnation: Incarnation
+    address: str
     reason: str
     field: str = ""
 

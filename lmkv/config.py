@@ -1,0 +1,83 @@
+"""Settings of an engine's connector; the only reader of `LMKV_*` for engines.
+
+Precedence: environment (`LMKV_LISTEN=…`) > `kv_connector_extra_config` (`{"listen": …}`) > default. Unknown names are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from .errors import ConfigError
+
+_OTHER_VARIABLES = ("LMKV_ROUTER_", "LMKV_SETUP", "LMKV_VENV", "LMKV_MODELS", "LMKV_CORES", "LMKV_READY_FILE")
+
+
+class ConnectorSettings(BaseSettings):
+    """One engine. Sizes in bytes, times in seconds."""
+
+    model_config = SettingsConfigDict(env_prefix="LMKV_", extra="forbid", frozen=True)
+
+    listen: str = Field("tcp://127.0.0.1:0", description="control address of this engine; port 0 picks a free one")
+    advertise: str = Field("", description="host that peers use instead of the listen host (needed for 0.0.0.0 and NAT)")
+    worker_port: int = Field(0, ge=0, le=65535, description="control port of rank 0, rank r has +r; 0 picks free ones")
+    name: str = Field("", description="name of this engine in logs and views; default is role, host and port")
+    transport: str = Field("nixl://", description="data plane")
+    peers: tuple[str, ...] = Field((), description="control addresses of engines to pair with at start")
+
+    beat_s: float = Field(0.5, gt=0, description="interval of heartbeats between paired workers")
+    lease_s: float = Field(10.0, gt=0, description="a silent peer's leases end after this")
+    deadline_s: float = Field(120.0, gt=0, description="decode waits this long for one transfer, then computes itself")
+    hold_s: float = Field(30.0, gt=0, description="prefill holds finished KV this long for a grant that does not come")
+    pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
+
+    min_post_bytes: int = Field(1 << 20, ge=1, description="layers are grouped until a write is this large")
+    max_post_bytes: int = Field(16 << 20, ge=1, description="a write is not larger than this")
+    max_inflight_bytes: int = Field(64 << 20, ge=1, description="window of posted, unfinished bytes per peer")
+    checksum: bool = Field(True, description="checksum every write of host memory and verify it on arrival")
+    min_remote_tokens: int = Field(16, ge=1, description="fewer missing tokens than this are computed by decode itself")
+    debug_dump_dir: str = Field("", description="write the KV bytes of every transfer here, on both sides (tests)")
+    log_level: Literal["debug", "info", "warning"] = "info"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return env_settings, init_settings
+
+
+def connector_settings(extra_config: Mapping[str, Any], environ: Mapping[str, str]) -> ConnectorSettings:
+    """Validated settings. Raises ConfigError naming the field, its value and the nearest known name."""
+    known = set(ConnectorSettings.model_fields)
+    for name in extra_config:
+        if name not in known:
+            raise _unknown("kv_connector_extra_config", name, known)
+    for variable in environ:
+        if variable.startswith("LMKV_") and not variable.startswith(_OTHER_VARIABLES):
+            name = variable.removeprefix("LMKV_").lower()
+            if name not in known:
+                raise _unknown("environment variable", variable, {f"LMKV_{k.upper()}" for k in known})
+    try:
+        return ConnectorSettings(**extra_config)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(
+            f"setting {field!r} has the value {problem.get('input')!r}: {problem['msg']}",
+            hint="correct it in kv_connector_extra_config or the environment",
+        ) from error
+
+
+def _unknown(where: str, name: str, known: set[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    return ConfigError(f"{where}: unknown setting {name!r}", hint=hint)

@@ -1,0 +1,1 @@
+"""The ZeroMQ shell of the control plane, and the pairing machine."""

@@ -1,0 +1,202 @@
+"""Pairing as a pure machine: which engines this one may exchange KV with, and how they become ready.
+
+    A: want(address) ── Hello{card A} ──▶ B: fingerprints compared; own workers introduced to A (connect, warm)
+    A ◀── Welcome{card B} or Refuse ──── B: ready for A
+    A: fingerprints compared; own workers introduced to B; ready for B
+
+Everything is idempotent: both may start, messages may repeat. A peer is remembered by incarnation; an address only
+leads to the incarnation last seen there. A pair whose worker reports a loss is forgotten, and found again by `want`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from lmkv import wire
+from lmkv.errors import CompatError
+from lmkv.ids import Incarnation, Rank
+
+HELLO_EVERY_S = 1.0
+RETRY_REFUSED_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ToEngine:
+    address: str
+    message: wire.Control
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorkers:
+    message: wire.Control
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    identity: bytes
+    message: wire.Control
+
+
+Action = ToEngine | ToWorkers | Answer
+
+
+class PairState(StrEnum):
+    PENDING = "pending"
+    READY = "ready"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True)
+class _Address:
+    """What is known of an address: whom it leads to, when it was last asked, who waits for it."""
+
+    incarnation: Incarnation | None = None
+    hello_s: float = float("-inf")
+    refused: str = ""
+    refused_s: float = float("-inf")
+    waiters: list[tuple[bytes, str]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Peer:
+    card: wire.EngineCard
+    introduced: set[Rank] = field(default_factory=set)
+    ready: bool = False
+    owes_welcome: bool = False
+
+
+class Pairing:
+    """`compare(ours, theirs)` raises CompatError when KV must not be exchanged. Not thread-safe."""
+
+    def __init__(self, card: wire.EngineCard, compare: Callable[[wire.EngineCard, wire.EngineCard], None]) -> None:
+        self.card = card
+        self._compare = compare
+        self._addresses: dict[str, _Address] = {}
+        self._peers: dict[Incarnation, _Peer] = {}
+
+    # --- questions -----------------------------------------------------------------------------------------------------
+
+    def state(self, address: str) -> tuple[PairState, str]:
+        """State of the pair with whoever is at `address`, and the reason if refused."""
+        entry = self._addresses.get(address)
+        if entry is None:
+            return PairState.PENDING, ""
+        peer = self._peers.get(entry.incarnation) if entry.incarnation else None
+        if peer is not None and peer.ready:
+            return PairState.READY, ""
+        return (PairState.REFUSED, entry.refused) if entry.refused else (PairState.PENDING, "")
+
+    def ready_card(self, address: str) -> wire.EngineCard | None:
+        entry = self._addresses.get(address)
+        peer = self._peers.get(entry.incarnation) if entry and entry.incarnation else None
+        return peer.card if peer is not None and peer.ready else None
+
+    def ready_peers(self) -> list[wire.EngineCard]:
+        return [peer.card for peer in self._peers.values() if peer.ready]
+
+    # --- events --------------------------------------------------------------------------------------------------------
+
+    def want(self, address: str, now_s: float, waiter: tuple[bytes, str] | None = None) -> list[Action]:
+        """Someone needs the engine at `address`. A waiter (identity, token) gets a Met when it is decided."""
+        entry = self._addresses.setdefault(address, _Address())
+        state, reason = self.state(address)
+        if state is PairState.REFUSED and now_s - entry.refused_s >= RETRY_REFUSED_S:
+            entry.refused, state = "", PairState.PENDING
+        if waiter is not None:
+            if state is not PairState.PENDING:
+                return [self._met(address, waiter, reason)]
+            entry.waiters = [*entry.waiters[-15:], waiter]
+        if state is PairState.PENDING and now_s - entry.hello_s >= HELLO_EVERY_S:
+            entry.hello_s = now_s
+            return [ToEngine(address, wire.Hello(self.card))]
+        return []
+
+    def hello(self, card: wire.EngineCard) -> list[Action]:
+        refusal = self._refusal(card)
+        if refusal is not None:
+            self._note_refusal(card.address, refusal.reason)
+            return [ToEngine(card.address, refusal)]
+        known = self._peers.get(card.incarnation)
+        if known is not None and known.ready:
+            return [ToEngine(card.address, wire.Welcome(self.card))]
+        actions = self._admit(card)
+        self._peers[card.incarnation].owes_welcome = True
+        return actions
+
+    def welcome(self, card: wire.EngineCard) -> list[Action]:
+        refusal = self._refusal(card)
+        if refusal is not None:
+            return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
+        if card.incarnation in self._peers:
+            return []
+        return self._admit(card)
+
+    def refuse(self, address: str, reason: str) -> list[Action]:
+        return self._refused_by(address, reason)
+
+    def introduced(self, rank: Rank, incarnation: Incarnation, error: str, now_s: float) -> list[Action]:
+        """A worker has connected to a peer, could not, or has lost it."""
+        peer = self._peers.get(incarnation)
+        if peer is None:
+            return []
+        if error:
+            return self._forget(incarnation, dead=False, reason=f"rank {rank}: {error}", now_s=now_s)
+        peer.introduced.add(rank)
+        if peer.ready or len(peer.introduced) < len(self.card.workers):
+            return []
+        peer.ready = True
+        actions: list[Action] = []
+        if peer.owes_welcome:
+            actions.append(ToEngine(peer.card.address, wire.Welcome(self.card)))
+        return actions + self._tell_waiters(peer.card.address, "")
+
+    # --- inside --------------------------------------------------------------------------------------------------------
+
+    def _refusal(self, card: wire.EngineCard) -> wire.Refuse | None:
+        try:
+            self._compare(self.card, card)
+        except CompatError as error:
+            return wire.Refuse(self.card.incarnation, self.card.address, str(error), error.field)
+        return None
+
+    def _admit(self, card: wire.EngineCard) -> list[Action]:
+        entry = self._addresses.setdefault(card.address, _Address())
+        actions: list[Action] = []
+        if entry.incarnation not in (None, card.incarnation):
+            assert entry.incarnation is not None
+            self._peers.pop(entry.incarnation, None)
+            actions.append(ToWorkers(wire.Dismiss(entry.incarnation, dead=False)))
+        entry.incarnation, entry.refused = card.incarnation, ""
+        self._peers.setdefault(card.incarnation, _Peer(card))
+        return [*actions, ToWorkers(wire.Introduce(card))]
+
+    def _forget(self, incarnation: Incarnation, dead: bool, reason: str, now_s: float) -> list[Action]:
+        peer = self._peers.pop(incarnation)
+        actions: list[Action] = [ToWorkers(wire.Dismiss(incarnation, dead))]
+        entry = self._addresses[peer.card.address]
+        entry.incarnation, entry.hello_s = None, now_s
+        if not peer.ready:
+            actions += self._refused_by(peer.card.address, reason)
+            entry.refused_s = now_s
+        return actions
+
+    def _note_refusal(self, address: str, reason: str) -> None:
+        entry = self._addresses.setdefault(address, _Address())
+        entry.refused = reason
+        entry.refused_s = entry.hello_s
+
+    def _refused_by(self, address: str, reason: str) -> list[Action]:
+        self._note_refusal(address, reason)
+        return self._tell_waiters(address, reason)
+
+    def _tell_waiters(self, address: str, reason: str) -> list[Action]:
+        entry = self._addresses[address]
+        waiters, entry.waiters = entry.waiters, []
+        return [self._met(address, waiter, reason) for waiter in waiters]
+
+    def _met(self, address: str, waiter: tuple[bytes, str], reason: str) -> Action:
+        card = self.ready_card(address)
+        name, incarnation = (card.name, card.incarnation) if card else ("", "")
+        return Answer(waiter[0], wire.Met(waiter[1], name, incarnation, reason))
