@@ -6,6 +6,7 @@ local table and row i of the remote table have equal byte counts.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 from lmkv.errors import ExtentError
 
 Table = NDArray[np.uint64]
+
+_FEW_ROWS = 8
 
 
 class MemoryKind(StrEnum):
@@ -54,10 +57,10 @@ def check_pair(local: Extents, remote: Extents) -> None:
         raise ExtentError(
             f"local has {len(local)} extents, remote {len(remote)}; both need the same number, at least 1"
         )
-    if not np.array_equal(local.table[:, 1], remote.table[:, 1]):
+    if not (local.table[:, 1] == remote.table[:, 1]).all():
         row = int(np.argmax(local.table[:, 1] != remote.table[:, 1]))
         raise ExtentError(
-            f"extent {row} has {local.table[row, 1]} bytes locally and {remote.table[row, 1]} remotely; they must be equal"
+            f"extent {row} has {local.table[row, 1]} bytes locally, {remote.table[row, 1]} remotely; they must be equal"
         )
 
 
@@ -88,25 +91,54 @@ def merge_runs(local: Extents, remote: Extents) -> tuple[Extents, Extents]:
     return out[0], out[1]
 
 
-def outside(extents: Extents, regions: Table) -> int | None:
-    """Index of the first row that lies in none of the `regions` (n, 3: address, bytes, device), or None.
+class Bounds:
+    """Regions prepared once so that many extents can be checked against them. Immutable; any thread.
 
-    A row must lie within one region: regions that touch are not joined. Zero-length rows count as inside.
+    A row must lie within one region: regions that touch are not joined, regions that overlap are each taken whole.
     """
-    if len(regions) == 0:
-        return 0 if len(extents) else None
-    order = np.lexsort((regions[:, 0], regions[:, 2]))
-    found = np.zeros(len(extents), dtype=bool)
-    table = extents.table
-    for device in np.unique(table[:, 2]):
-        rows = np.flatnonzero(table[:, 2] == device)
-        mine = regions[order][regions[order][:, 2] == device]
-        if len(mine) == 0:
-            continue
-        at = np.searchsorted(mine[:, 0], table[rows, 0], side="right").astype(np.int64) - 1
-        ok = at >= 0
-        base, size = mine[np.maximum(at, 0), 0], mine[np.maximum(at, 0), 1]
-        offset = table[rows, 0] - base
-        found[rows] = ok & (table[rows, 1] <= size) & (offset <= size - np.minimum(table[rows, 1], size))
-    missing = np.flatnonzero(~found)
-    return int(missing[0]) if len(missing) else None
+
+    __slots__ = ("_arrays", "_lists")
+
+    def __init__(self, regions: Table) -> None:
+        """`regions` is (n, 3): address, bytes, device."""
+        self._arrays: dict[int, tuple[Table, Table]] = {}
+        self._lists: dict[int, tuple[list[int], list[int]]] = {}
+        for device in np.unique(regions[:, 2]):
+            mine = regions[regions[:, 2] == device]
+            mine = mine[np.argsort(mine[:, 0], kind="stable")]
+            # The furthest end of all regions that begin at or before each base: a row fits one of them exactly
+            # when it ends no later, also where regions overlap.
+            ends = np.maximum.accumulate(mine[:, 0] + mine[:, 1])
+            bases = np.ascontiguousarray(mine[:, 0])
+            self._arrays[int(device)] = bases, ends
+            self._lists[int(device)] = bases.tolist(), ends.tolist()
+
+    def outside(self, extents: Extents) -> int | None:
+        """Index of the first row in none of the regions, or None. A zero-length row needs its address in one."""
+        if len(extents) <= _FEW_ROWS:
+            return self._outside_few(extents)
+        table = extents.table
+        found = np.zeros(len(table), dtype=bool)
+        for device, (bases, ends) in self._arrays.items():
+            rows = np.flatnonzero(table[:, 2] == device)
+            address, size = table[rows, 0], table[rows, 1]
+            at = np.searchsorted(bases, address, side="right") - 1
+            end = ends[np.maximum(at, 0)]
+            # end - address would wrap where the row begins behind the end; the comparison before it rules that out.
+            found[rows] = (at >= 0) & (address <= end) & (size <= end - np.minimum(address, end))
+        missing = np.flatnonzero(~found)
+        return int(missing[0]) if len(missing) else None
+
+    def _outside_few(self, extents: Extents) -> int | None:
+        """The same in plain Python: for a few rows numpy's call costs exceed the work."""
+        for row, (address, size, device) in enumerate(extents.table.tolist()):
+            bases, ends = self._lists.get(device, ([], []))
+            at = bisect_right(bases, address) - 1
+            if at < 0 or address + size > ends[at]:
+                return row
+        return None
+
+
+def outside(extents: Extents, regions: Table) -> int | None:
+    """`Bounds(regions).outside(extents)` for a single check."""
+    return Bounds(regions).outside(extents)
