@@ -1,0 +1,20 @@
+"""The `lmkv` command. One file a command; what a command needs is imported inside it, so that --help is quick."""
+
+from __future__ import annotations
+
+import typer
+
+from .router import router
+from .version import version
+
+main = typer.Typer(
+    name="lmkv",
+    help="Disaggregated LLM serving for vLLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+main.command()(router)
+main.command()(version)
+
+__all__ = ["main"]

@@ -1,0 +1,78 @@
+"""Runs the router in this process: listens, announces itself, drains on SIGINT or SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+
+import uvloop
+from aiohttp import web
+
+from lmkv.errors import ConfigError
+
+from .app import make_app
+from .core import Router
+from .settings import RouterSettings
+
+logger = logging.getLogger(__name__)
+
+_CUT_S = 2.0
+"""What is cut off after the drain time gets this long to close its connections to engines."""
+
+
+def serve(settings: RouterSettings, announce: Callable[[str], None]) -> None:
+    """Until told to stop. `announce` gets the URL once requests are accepted. Raises ConfigError."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(settings, announce))
+
+
+async def _serve(settings: RouterSettings, announce: Callable[[str], None]) -> None:
+    router = Router(settings)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    runner = web.AppRunner(
+        make_app(router), handler_cancellation=True, access_log=None, shutdown_timeout=_CUT_S, handle_signals=False
+    )
+    await runner.setup()
+    try:
+        site = await _listen(runner, settings)
+        announce(_url(runner))
+        await stop.wait()
+        await _drain(router, site, settings.drain_s)
+    finally:
+        await runner.cleanup()
+
+
+async def _listen(runner: web.AppRunner, settings: RouterSettings) -> web.TCPSite:
+    site = web.TCPSite(runner, settings.host, settings.port)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}",
+            hint="stop what uses it, or choose another --host or --port",
+            code="LMKV-C106",
+        ) from error
+    return site
+
+
+def _url(runner: web.AppRunner) -> str:
+    host, port = runner.addresses[0][:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _drain(router: Router, site: web.TCPSite, drain_s: float) -> None:
+    """No new connections; requests in flight finish, or are cut off when the time is over."""
+    router.draining = True
+    await site.stop()
+    logger.info("stopping: %d requests in flight get %g s", router.in_flight, drain_s)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(drain_s):
+            await router.idle.wait()
+    if router.in_flight:
+        logger.warning("%d requests are cut off", router.in_flight)
