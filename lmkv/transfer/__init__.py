@@ -1,1 +1,1 @@
-"""The transfer protocol as pure state machines (no sockets, clocks, threads or device) and the arithmetic of extents."""
+"""The transfer protocol as pure state machines (no sockets, clocks, threads, device) and the arithmetic of extents."""

@@ -1,6 +1,6 @@
 """Events and actions of the two machines. `handle(event, now_s) -> list[action]`; the shell performs the actions.
 
-A *rectangle* is layers × blocks of one KV cache group: the unit in which KV becomes complete, is posted, and is counted.
+A *rectangle* is layers × blocks of one KV cache group: the unit in which KV becomes complete, is posted and counted.
 Layer indices count the layers of that group on this rank, in model order; block indices count from the start of the
 request (block i holds tokens [i*n, (i+1)*n)).
 """
@@ -30,7 +30,7 @@ class Rect:
     block_hi: int
 
 
-# --- events both machines take -----------------------------------------------------------------------------------------
+# --- events both machines take ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class Tick:
     """Time has passed; deadlines are examined."""
 
 
-# --- prefill side --------------------------------------------------------------------------------------------------------
+# --- prefill side ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,16 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Preempted:
+    """The engine takes the request's blocks away and will compute it again (Computed and PromptDone come again).
+
+    What was computed and not posted is forgotten. The blocks may be overwritten only when `Sender.in_flight(tid)` is 0.
+    """
+
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
 class Granted:
     """A Grant arrived. `blocks[g]` = [first, last) request blocks of group g that the grant covers."""
 
@@ -112,19 +122,27 @@ class CancelCame:
 
 @dataclass(frozen=True, slots=True)
 class WriteDone:
-    """The Completion of write `seq`: `error` is empty if it landed."""
+    """The Completion of write `seq`: `error` is empty if it landed.
+
+    After an error the write's note has not been and will not be delivered, unless the connection is lost with it: then
+    nothing that is posted to this peer later can land either. The one retry relies on this.
+    """
 
     transfer_id: TransferId
     seq: int
     error: str = ""
 
 
-# --- prefill side: actions -----------------------------------------------------------------------------------------------
+# --- prefill side: actions ---
 
 
 @dataclass(frozen=True, slots=True)
 class PostWrite:
-    """Post `rect` to `peer` with a WriteNote of `seq`. Answer with WriteDone, also when it cannot be posted."""
+    """Post `rect` to `peer` with a WriteNote of `seq`. Answer with WriteDone, also when it cannot be posted.
+
+    The note's `payload_bytes` are `SenderLimits.rect_bytes(rect)`, null blocks included: both sides count cells. A rect
+    of null blocks only has no extents: send its note alone.
+    """
 
     peer: Peer
     transfer_id: TransferId
@@ -135,6 +153,8 @@ class PostWrite:
 
 @dataclass(frozen=True, slots=True)
 class SendSeal:
+    """`writes` are distinct rectangles: a retried write is the same rectangle under a new seq, and counts once."""
+
     peer: Peer
     transfer_id: TransferId
     epoch: Epoch
@@ -172,7 +192,8 @@ class SendOutcome(StrEnum):
 class Finished:
     """This rank no longer reads the request's blocks: the shell reports finished_sending for an offered request.
 
-    `request_id` is None for a transfer that was granted but never offered.
+    Exactly one per Offer. `request_id` is None for a transfer that ended before it was offered; should its Offer come
+    after all, that is answered by a Finished of its own.
     """
 
     transfer_id: TransferId
@@ -181,15 +202,15 @@ class Finished:
     reason: str
 
 
-# --- decode side ---------------------------------------------------------------------------------------------------------
+# --- decode side ---
 
 
 @dataclass(frozen=True, slots=True)
 class Expect:
     """Blocks were granted. `writers` are the prefill ranks that write to this rank.
 
-    `rects` are what has to be covered, each cell by every writer (ranks write disjoint head ranges; with one writer: by it); `payload_bytes`
-    is what one writer has to deliver.
+    `rects` are what has to be covered, each cell by every writer (ranks write disjoint head ranges; with one writer:
+    by it); `payload_bytes` is what one writer has to deliver, null blocks included.
     """
 
     transfer_id: TransferId
@@ -244,7 +265,7 @@ class Abandon:
     transfer_id: TransferId
 
 
-# --- decode side: actions ------------------------------------------------------------------------------------------------
+# --- decode side: actions ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +293,7 @@ class Report:
     outcome: ReceiveOutcome
     drained: bool
     reason: str
+    epoch: Epoch
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,6 +302,7 @@ class Drained:
 
     transfer_id: TransferId
     request_id: RequestId
+    epoch: Epoch
 
 
 SenderEvent = (
@@ -287,6 +310,7 @@ SenderEvent = (
     | Computed
     | PromptDone
     | Withdraw
+    | Preempted
     | Granted
     | NotNeededCame
     | CancelCame

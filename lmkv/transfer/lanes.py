@@ -1,0 +1,92 @@
+"""What the sender remembers of its peers: lease, window, and the rectangles that wait for them, in order."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from math import inf
+
+from lmkv.ids import TransferId
+
+from .events import Peer, Rect
+from .outgoing import SenderLimits
+from .timers import Timers
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """A rectangle that waits for lease or window."""
+
+    transfer_id: TransferId
+    rect: Rect
+    attempt: int
+
+
+@dataclass(slots=True)
+class Lane:
+    """One decode rank. `lease_end_s` is -inf until it is heard: an unknown peer gets nothing."""
+
+    peer: Peer
+    lease_end_s: float = -inf
+    dead: bool = False
+    inflight_bytes: int = 0
+    queue: deque[Queued] = field(default_factory=deque)
+
+    def may_post(self, now_s: float) -> bool:
+        return not self.dead and now_s < self.lease_end_s
+
+    def fits(self, size: int, window: int) -> bool:
+        return self.inflight_bytes == 0 or self.inflight_bytes + size <= window
+
+    def purge(self, transfer_id: TransferId) -> list[Queued]:
+        """Take the rectangles of one transfer out of the queue."""
+        mine = [item for item in self.queue if item.transfer_id == transfer_id]
+        if mine:
+            self.queue = deque(item for item in self.queue if item.transfer_id != transfer_id)
+        return mine
+
+
+class Lanes:
+    """One lane a peer. It is forgotten when its peer has been silent so long that every transfer to it has ended."""
+
+    def __init__(self, limits: SenderLimits, timers: Timers[TransferId | Peer]) -> None:
+        self._limits = limits
+        self._timers = timers
+        self._lanes: dict[Peer, Lane] = {}
+
+    def find(self, peer: Peer) -> Lane | None:
+        return self._lanes.get(peer)
+
+    def of(self, peer: Peer) -> Lane:
+        lane = self._lanes.get(peer)
+        if lane is None:
+            lane = self._lanes[peer] = Lane(peer)
+        return lane
+
+    def renew(self, peer: Peer, now_s: float) -> Lane:
+        """The peer was heard; a dead one stays dead."""
+        lane = self.of(peer)
+        if not lane.dead:
+            lane.lease_end_s = max(lane.lease_end_s, now_s + self._limits.lease_s)
+        self._timers.arm(peer, self._idle_s(lane))
+        return lane
+
+    def lapse(self, peer: Peer, dead: bool, now_s: float) -> None:
+        """The lease is over now, unless it was already."""
+        lane = self.of(peer)
+        lane.dead |= dead
+        if lane.lease_end_s > now_s or lane.lease_end_s == -inf:
+            lane.lease_end_s = now_s
+        self._timers.arm(peer, self._idle_s(lane))
+
+    def drop_idle(self, peer: Peer, now_s: float) -> None:
+        lane = self._lanes[peer]
+        if self._idle_s(lane) > now_s:
+            self._timers.arm(peer, self._idle_s(lane))
+        elif lane.inflight_bytes or lane.queue:
+            self._timers.arm(peer, now_s + self._limits.hold_s)
+        else:
+            del self._lanes[peer]
+
+    def _idle_s(self, lane: Lane) -> float:
+        return lane.lease_end_s + self._limits.hold_s + self._limits.tombstone_s

@@ -1,0 +1,452 @@
+"""The prefill side: which rectangle is posted when, and what is owed to the decode rank in the end.
+
+Invariants (tests/protocol checks each):
+
+* exactly one Finished per Offer; every tid is OVER in bounded time after PromptDone or Withdraw;
+* a cell is posted at most once an epoch, but for the one retry of a failed write, which is the same rectangle;
+* nothing is posted when the lease is over, the window is full, the epoch is old, or the transfer is ending;
+* SendCancelled and SendFailed are true when they are sent: nothing of that epoch or an older one is in flight;
+* a record with writes in flight is never forgotten, so an unknown tid has none and its Cancel is answered at once.
+"""
+
+from __future__ import annotations
+
+from math import inf
+
+from lmkv.ids import TransferId
+
+from .events import (
+    CancelCame,
+    Computed,
+    Finished,
+    Granted,
+    Heard,
+    NotNeededCame,
+    Offer,
+    Peer,
+    PeerGone,
+    PostWrite,
+    Preempted,
+    PromptDone,
+    Rect,
+    SendCancelled,
+    SenderAction,
+    SenderEvent,
+    SendFailed,
+    SendOutcome,
+    SendSeal,
+    Tick,
+    Withdraw,
+    WriteDone,
+)
+from .lanes import Lane, Lanes, Queued
+from .outgoing import Debt, Flight, Outgoing, Phase, SenderCounters, SenderLimits
+from .rects import Coverage, clip, is_proper
+from .timers import Timers
+
+__all__ = ["Sender", "SenderCounters", "SenderLimits"]
+
+
+class Sender:
+    """All transfers of one prefill rank. Not thread-safe; `now_s` never runs backwards."""
+
+    def __init__(self, limits: SenderLimits) -> None:
+        self.limits = limits
+        self.counters = SenderCounters()
+        self._transfers: dict[TransferId, Outgoing] = {}
+        self._timers: Timers[TransferId | Peer] = Timers()
+        self._lanes = Lanes(limits, self._timers)
+        self._active = 0
+        self._unoffered = 0
+        self._out: list[SenderAction] = []
+
+    # --- read-only views ---
+
+    @property
+    def active(self) -> int:
+        """Transfers that are not over."""
+        return self._active
+
+    def in_flight(self, transfer_id: TransferId) -> int:
+        """Writes of this transfer without WriteDone: while not 0 its blocks are being read, even after Finished."""
+        transfer = self._transfers.get(transfer_id)
+        return len(transfer.flights) if transfer else 0
+
+    def in_flight_bytes(self, peer: Peer) -> int:
+        lane = self._lanes.find(peer)
+        return lane.inflight_bytes if lane else 0
+
+    def queued(self, peer: Peer) -> int:
+        """Rectangles that wait for the peer's lease or window."""
+        lane = self._lanes.find(peer)
+        return len(lane.queue) if lane else 0
+
+    def next_deadline_s(self) -> float | None:
+        """Feed a Tick at this time (an earlier one does no harm)."""
+        return self._timers.next_s()
+
+    # --- the machine ---
+
+    def handle(self, event: SenderEvent, now_s: float) -> list[SenderAction]:
+        self._out = []
+        match event:
+            case WriteDone():
+                self._write_done(event, now_s)
+            case Computed():
+                self._computed(event, now_s)
+            case Heard(peer):
+                self._pump(self._lanes.renew(peer, now_s), now_s)
+            case Offer():
+                self._offer(event, now_s)
+            case Granted():
+                self._granted(event, now_s)
+            case PromptDone(tid):
+                self._prompt_done(tid, now_s)
+            case Withdraw(tid, reason):
+                self._end_live(tid, SendOutcome.WITHDRAWN, reason, now_s)
+            case Preempted(tid):
+                self._preempted(tid, now_s)
+            case NotNeededCame(tid, reason):
+                self._not_needed(tid, reason, now_s)
+            case CancelCame():
+                self._cancel_came(event, now_s)
+            case PeerGone(peer, dead):
+                self._peer_gone(peer, dead, now_s)
+            case Tick():
+                self._tick(now_s)
+        out, self._out = self._out, []
+        return out
+
+    # --- the engine's events ---
+
+    def _offer(self, event: Offer, now_s: float) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        if transfer is None:
+            transfer = self._new(event.transfer_id, now_s, Phase.LIVE)
+        elif transfer.request_id is not None:
+            if transfer.request_id != event.request_id:
+                reason = f"the transfer id is in use by request {transfer.request_id}"
+                self._out.append(Finished(transfer.transfer_id, event.request_id, SendOutcome.FAILED, reason))
+            return
+        else:
+            self._unoffered -= 1
+        transfer.request_id = event.request_id
+        if transfer.phase is Phase.OVER:
+            self._out.append(
+                Finished(
+                    transfer.transfer_id, event.request_id, transfer.outcome or SendOutcome.EXPIRED, transfer.reason
+                )
+            )
+            return
+        transfer.phase = Phase.LIVE
+        self._settle(transfer, now_s)
+
+    def _computed(self, event: Computed, now_s: float) -> None:
+        transfer = self._live(event.transfer_id)
+        if transfer is None:
+            return
+        rect = event.rect
+        if not 0 <= rect.group < len(self.limits.layers) or not is_proper(rect, self.limits.layers[rect.group]):
+            self._end(transfer, SendOutcome.FAILED, f"{rect} is not within layers {self.limits.layers}", now_s)
+            return
+        transfer.computed.add(rect)
+        if transfer.grant is not None:
+            self._enqueue(transfer, transfer.grant, [rect])
+            self._pump(self._lanes.of(transfer.grant.peer), now_s)
+
+    def _prompt_done(self, transfer_id: TransferId, now_s: float) -> None:
+        transfer = self._live(transfer_id)
+        if transfer is not None:
+            transfer.prompt_done_s = now_s
+            self._settle(transfer, now_s)
+
+    def _end_live(self, transfer_id: TransferId, outcome: SendOutcome, reason: str, now_s: float) -> None:
+        transfer = self._live(transfer_id)
+        if transfer is not None:
+            self._end(transfer, outcome, reason, now_s)
+
+    def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
+        """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""
+        transfer = self._live(transfer_id)
+        if transfer is None:
+            return
+        transfer.life += 1
+        dropped = self._purge(transfer)
+        transfer.computed = Coverage()
+        transfer.prompt_done_s = None
+        if any(item.attempt for item in dropped):
+            self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
+            return
+        for item in dropped:
+            transfer.taken.remove(item.rect)
+
+    # --- the peer's events ---
+
+    def _granted(self, event: Granted, now_s: float) -> None:
+        self._pump(self._lanes.renew(event.peer, now_s), now_s)
+        transfer = self._transfers.get(event.transfer_id)
+        if transfer is None:
+            if self._unoffered >= self.limits.max_early:
+                self.counters.early_refused += 1
+                return
+            transfer = self._new(event.transfer_id, now_s, Phase.EARLY)
+        if transfer.phase >= Phase.ENDING:
+            self._refuse(transfer, event, now_s)
+        elif transfer.grant is not None and transfer.grant.peer != event.peer:
+            reason = "already granted to another"
+            self._out.append(SendFailed(event.peer, event.transfer_id, event.epoch, reason, 0))
+        elif transfer.grant is None or event.epoch > transfer.grant.epoch:
+            self._serve(transfer, event, now_s)
+
+    def _serve(self, transfer: Outgoing, grant: Granted, now_s: float) -> None:
+        """A first or newer grant: everything computed so far goes to it."""
+        self._purge(transfer)
+        transfer.begin_epoch(grant)
+        groups = len(self.limits.layers)
+        if len(grant.blocks) != groups:
+            reason = f"the grant names {len(grant.blocks)} groups, this rank has {groups}"
+            self._end(transfer, SendOutcome.FAILED, reason, now_s)
+        elif self._lanes.of(grant.peer).dead:
+            self._end(transfer, SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
+        else:
+            self._enqueue(transfer, grant, transfer.computed.rects())
+            self._pump(self._lanes.of(grant.peer), now_s)
+            self._settle(transfer, now_s)
+
+    def _refuse(self, transfer: Outgoing, event: Granted, now_s: float) -> None:
+        """A grant that comes too late. What it repeats is answered when it was; what is new is answered as it ended."""
+        known = transfer.grant is not None and transfer.grant.peer == event.peer and event.epoch <= transfer.grant.epoch
+        if event.epoch <= transfer.cancelled.get(event.peer, -1):
+            transfer.debts[Debt(event.peer, event.epoch, True)] = ""
+        elif not (known and (transfer.phase is Phase.ENDING or transfer.outcome is SendOutcome.SENT)):
+            transfer.debts[Debt(event.peer, event.epoch, False)] = transfer.reason or f"already {transfer.outcome}"
+        self._settle(transfer, now_s)
+
+    def _not_needed(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
+        transfer = self._transfers.get(transfer_id) or self._remember_early(transfer_id, now_s)
+        if transfer is not None and transfer.phase < Phase.ENDING:
+            self._end(transfer, SendOutcome.NOT_NEEDED, reason, now_s)
+
+    def _cancel_came(self, event: CancelCame, now_s: float) -> None:
+        """Always answered, at the latest when the receiver repeats it (a full buffer of early ones stays silent)."""
+        transfer = self._transfers.get(event.transfer_id) or self._remember_early(event.transfer_id, now_s)
+        if transfer is None:
+            return
+        transfer.cancelled[event.peer] = max(event.epoch, transfer.cancelled.get(event.peer, event.epoch))
+        transfer.debts[Debt(event.peer, event.epoch, True)] = ""
+        grant = transfer.grant
+        if grant is None or (grant.peer == event.peer and grant.epoch <= event.epoch):
+            transfer.stuck_s = min(transfer.stuck_s, now_s + self.limits.lease_s + self.limits.hold_s)
+            if transfer.phase < Phase.ENDING:
+                self._end(transfer, SendOutcome.CANCELLED, "cancelled by the receiver", now_s)
+                return
+        self._settle(transfer, now_s)
+
+    def _peer_gone(self, peer: Peer, dead: bool, now_s: float) -> None:
+        self._lanes.lapse(peer, dead, now_s)
+        for transfer in list(self._transfers.values()):
+            if transfer.grant is None or transfer.grant.peer != peer:
+                continue
+            if dead and transfer.phase < Phase.ENDING:
+                self._end(transfer, SendOutcome.PEER_LOST, "the peer died", now_s)
+            else:
+                self._settle(transfer, now_s)
+
+    # --- writes ---
+
+    def _enqueue(self, transfer: Outgoing, grant: Granted, rects: list[Rect]) -> None:
+        """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post."""
+        queue = self._lanes.of(grant.peer).queue
+        for rect in rects:
+            part = clip(rect, grant.blocks[rect.group])
+            for piece in transfer.taken.missing(part) if part else ():
+                transfer.taken.add(piece)
+                cuts = self.limits.cuts(piece)
+                queue.extend(Queued(transfer.transfer_id, cut, 0) for cut in cuts)
+                transfer.queued += len(cuts)
+
+    def _pump(self, lane: Lane, now_s: float) -> None:
+        """Post from the head of the peer's queue while its lease and its window allow."""
+        while lane.queue and lane.may_post(now_s):
+            size = self.limits.rect_bytes(lane.queue[0].rect)
+            if not lane.fits(size, self.limits.max_inflight_bytes):
+                return
+            item = lane.queue.popleft()
+            transfer = self._transfers[item.transfer_id]
+            self._post(transfer, lane, item, size)
+            if transfer.queued == 0:
+                self._settle(transfer, now_s)
+
+    def _post(self, transfer: Outgoing, lane: Lane, item: Queued, size: int) -> None:
+        grant = transfer.grant
+        assert grant is not None and transfer.phase is Phase.LIVE, "only live, granted transfers are queued"
+        seq, transfer.next_seq = transfer.next_seq, transfer.next_seq + 1
+        transfer.flights[seq] = Flight(grant.peer, grant.epoch, item.rect, size, item.attempt, transfer.life)
+        transfer.queued -= 1
+        lane.inflight_bytes += size
+        if item.attempt == 0:
+            transfer.writes += 1
+            transfer.bytes += size
+        self.counters.posts += 1
+        self.counters.posted_bytes += size
+        self._out.append(PostWrite(grant.peer, transfer.transfer_id, grant.epoch, seq, item.rect))
+
+    def _write_done(self, event: WriteDone, now_s: float) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        flight = transfer.flights.pop(event.seq, None) if transfer else None
+        if transfer is None or flight is None:
+            self.counters.stray += 1
+            return
+        lane = self._lanes.of(flight.peer)
+        lane.inflight_bytes -= flight.bytes
+        current = transfer.is_current(flight)
+        if event.error:
+            self.counters.write_errors += 1
+            if current and transfer.phase is Phase.LIVE:
+                self._repeat(transfer, lane, flight, event.error, now_s)
+        elif current:
+            transfer.landed_bytes += flight.bytes
+        if transfer.phase is Phase.OVER:
+            transfer.expires_s = now_s + self.limits.tombstone_s
+        self._settle(transfer, now_s)
+        self._pump(lane, now_s)
+
+    def _repeat(self, transfer: Outgoing, lane: Lane, flight: Flight, error: str, now_s: float) -> None:
+        """One retry of the same rectangle, ahead of everything queued; the second error ends the transfer."""
+        if flight.attempt or flight.life != transfer.life:
+            why = "twice" if flight.attempt else "and the request was preempted"
+            self._end(transfer, SendOutcome.FAILED, f"a write of {flight.rect} failed {why}: {error}", now_s)
+            return
+        self.counters.retries += 1
+        transfer.queued += 1
+        lane.queue.appendleft(Queued(transfer.transfer_id, flight.rect, 1))
+
+    # --- ends ---
+
+    def _end(self, transfer: Outgoing, outcome: SendOutcome, reason: str, now_s: float) -> None:
+        """The outcome is known: post nothing more, finish when nothing is in flight."""
+        transfer.phase, transfer.outcome, transfer.reason = Phase.ENDING, outcome, reason
+        self._purge(transfer)
+        self._settle(transfer, now_s)
+
+    def _settle(self, transfer: Outgoing, now_s: float) -> None:
+        """Do what has become due after any change: seal, finish, pay debts, set the alarm."""
+        if transfer.phase is Phase.LIVE:
+            self._seal_or_fail(transfer, now_s)
+        if transfer.phase is Phase.ENDING and not transfer.flights:
+            self._finish(transfer, now_s)
+        for debt in transfer.payable():
+            self._pay(transfer, debt)
+        self._timers.arm(transfer.transfer_id, self._deadline_s(transfer))
+
+    def _seal_or_fail(self, transfer: Outgoing, now_s: float) -> None:
+        grant = transfer.grant
+        if grant is None or transfer.prompt_done_s is None:
+            return
+        if not transfer.sealed:
+            granted = self.limits.granted_cells(grant)
+            if transfer.taken.cells != granted:
+                reason = f"incomplete: {transfer.taken.cells} of {granted} granted cells were computed"
+                self._end(transfer, SendOutcome.FAILED, reason, now_s)
+                return
+            if transfer.queued:
+                return
+            transfer.sealed = True
+            self._out.append(SendSeal(grant.peer, transfer.transfer_id, grant.epoch, transfer.writes, transfer.bytes))
+        if not transfer.queued and not transfer.flights:
+            transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.SENT
+
+    def _finish(self, transfer: Outgoing, now_s: float) -> None:
+        """Say how it ended. Debts that writes in flight hold up are paid later (only after PEER_LOST)."""
+        outcome, grant = transfer.outcome, transfer.grant
+        if outcome is SendOutcome.WITHDRAWN and transfer.sealed and transfer.landed_bytes == transfer.bytes:
+            outcome = transfer.outcome = SendOutcome.SENT
+        assert outcome is not None, "an ending transfer has an outcome"
+        if grant is not None and outcome not in (SendOutcome.SENT, SendOutcome.CANCELLED):
+            transfer.debts[Debt(grant.peer, grant.epoch, False)] = transfer.reason
+        for debt in transfer.payable():
+            self._pay(transfer, debt)
+        if transfer.request_id is not None or grant is not None:
+            self._out.append(Finished(transfer.transfer_id, transfer.request_id, outcome, transfer.reason))
+        transfer.phase = Phase.OVER
+        transfer.forget_cells()
+        transfer.expires_s = now_s + self.limits.tombstone_s
+        self._active -= 1
+
+    def _pay(self, transfer: Outgoing, debt: Debt) -> None:
+        reason = transfer.debts.pop(debt)
+        lane = self._lanes.find(debt.peer)
+        if lane is not None and lane.dead:
+            return
+        if debt.cancelled:
+            self._out.append(SendCancelled(debt.peer, transfer.transfer_id, debt.epoch))
+        else:
+            current = transfer.grant is not None and transfer.grant.epoch == debt.epoch
+            landed = transfer.landed_bytes if current else 0
+            self._out.append(SendFailed(debt.peer, transfer.transfer_id, debt.epoch, reason, landed))
+
+    # --- time ---
+
+    def _deadline_s(self, transfer: Outgoing) -> float | None:
+        lane = self._lanes.find(transfer.grant.peer) if transfer.grant else None
+        return transfer.deadline_s(self.limits, lane.lease_end_s if lane else -inf)
+
+    def _tick(self, now_s: float) -> None:
+        for key in self._timers.due(now_s):
+            if isinstance(key, Peer):
+                self._lanes.drop_idle(key, now_s)
+                continue
+            transfer = self._transfers.get(key)
+            if transfer is None:
+                continue
+            deadline = self._deadline_s(transfer)
+            if deadline is not None and deadline <= now_s:
+                self._expire(transfer, now_s)
+            if transfer.transfer_id in self._transfers:
+                self._timers.arm(key, self._deadline_s(transfer))
+
+    def _expire(self, transfer: Outgoing, now_s: float) -> None:
+        match transfer.phase:
+            case Phase.OVER:
+                del self._transfers[transfer.transfer_id]
+                self._unoffered -= transfer.request_id is None
+            case Phase.EARLY:
+                self._end(transfer, SendOutcome.EXPIRED, "granted, but the request did not come", now_s)
+            case Phase.LIVE if transfer.grant is None:
+                self._end(transfer, SendOutcome.EXPIRED, "the prompt is computed, but no grant came", now_s)
+            case _:
+                self._purge(transfer)
+                stuck = "cancelled, but its writes do not end" if transfer.stuck_s <= now_s else "the peer is silent"
+                transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.PEER_LOST
+                transfer.reason = transfer.reason or stuck
+                self._finish(transfer, now_s)
+
+    # --- records ---
+
+    def _new(self, transfer_id: TransferId, now_s: float, phase: Phase) -> Outgoing:
+        transfer = self._transfers[transfer_id] = Outgoing(transfer_id, now_s, phase)
+        self._active += 1
+        self._unoffered += phase is Phase.EARLY
+        self._timers.arm(transfer_id, self._deadline_s(transfer))
+        return transfer
+
+    def _remember_early(self, transfer_id: TransferId, now_s: float) -> Outgoing | None:
+        """A record for a message that came before its Offer; None when there are too many."""
+        if self._unoffered >= self.limits.max_early:
+            self.counters.early_refused += 1
+            return None
+        return self._new(transfer_id, now_s, Phase.EARLY)
+
+    def _live(self, transfer_id: TransferId) -> Outgoing | None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.phase is not Phase.LIVE:
+            self.counters.stray += 1
+            return None
+        return transfer
+
+    def _purge(self, transfer: Outgoing) -> list[Queued]:
+        """Take this transfer's rectangles out of its peer's queue."""
+        if not transfer.queued or transfer.grant is None:
+            return []
+        transfer.queued = 0
+        return self._lanes.of(transfer.grant.peer).purge(transfer.transfer_id)
