@@ -8,8 +8,9 @@ from math import inf
 
 from lmkv.ids import TransferId
 
-from .events import Peer, Rect
-from .outgoing import SenderLimits
+from .events import Granted, Peer, Rect
+from .outgoing import Outgoing, SenderLimits
+from .rects import clip
 from .timers import Timers
 
 
@@ -61,6 +62,18 @@ class Lanes:
         lane = self._lanes.get(peer)
         if lane is None:
             lane = self._lanes[peer] = Lane(peer)
+        return lane
+
+    def enqueue(self, transfer: Outgoing, grant: Granted, rects: list[Rect]) -> Lane:
+        """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post."""
+        lane = self.of(grant.peer)
+        for rect in rects:
+            part = clip(rect, grant.blocks[rect.group])
+            for piece in transfer.taken.missing(part) if part else ():
+                transfer.taken.add(piece)
+                cuts = self._limits.cuts(piece)
+                lane.queue.extend(Queued(transfer.transfer_id, cut, 0) for cut in cuts)
+                transfer.queued += len(cuts)
         return lane
 
     def renew(self, peer: Peer, now_s: float) -> Lane:

@@ -9,7 +9,7 @@ from math import inf
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, RequestId, TransferId
 
-from .events import Granted, Peer, Rect, SendOutcome
+from .events import Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
 from .rects import Coverage, cells_of, split_rect
 
 
@@ -133,6 +133,31 @@ class Outgoing:
         self.queued = self.writes = self.bytes = self.landed_bytes = 0
         self.sealed = False
 
+    def post(self, rect: Rect, size: int, attempt: int) -> PostWrite:
+        """The next write. A retry is the same rectangle under a new seq, so that the seal stays right."""
+        assert self.grant is not None, "only what is granted is posted"
+        seq, self.next_seq = self.next_seq, self.next_seq + 1
+        self.flights[seq] = Flight(self.grant.peer, self.grant.epoch, rect, size, attempt, self.life)
+        if attempt == 0:
+            self.writes += 1
+            self.bytes += size
+        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect)
+
+    def verdict(self, limits: SenderLimits) -> str | None:
+        """None: not everything is announced or posted yet. "": all granted cells are posted. Else why never."""
+        if self.grant is None or self.prompt_done_s is None:
+            return None
+        granted = limits.granted_cells(self.grant)
+        if self.taken.cells != granted:
+            return f"incomplete: {self.taken.cells} of {granted} granted cells were computed"
+        return None if self.queued else ""
+
+    def seal(self) -> SendSeal:
+        """Says what the receiver has to count; a retry after it changes nothing in it."""
+        assert self.grant is not None, "only what is granted is sealed"
+        self.sealed = True
+        return SendSeal(self.grant.peer, self.transfer_id, self.grant.epoch, self.writes, self.bytes)
+
     def is_current(self, flight: Flight) -> bool:
         return self.grant is not None and flight.peer == self.grant.peer and flight.epoch == self.grant.epoch
 
@@ -143,6 +168,23 @@ class Outgoing:
     def payable(self) -> list[Debt]:
         """The answers that have become true."""
         return [debt for debt in self.debts if not self.may_land(debt.peer, debt.epoch)]
+
+    def answer(self, debt: Debt) -> SendCancelled | SendFailed:
+        """The debt is paid by this."""
+        reason = self.debts.pop(debt)
+        if debt.cancelled:
+            return SendCancelled(debt.peer, self.transfer_id, debt.epoch)
+        current = self.grant is not None and (self.grant.peer, self.grant.epoch) == (debt.peer, debt.epoch)
+        return SendFailed(debt.peer, self.transfer_id, debt.epoch, reason, self.landed_bytes if current else 0)
+
+    def refusal(self, event: Granted) -> Debt | None:
+        """What a grant is owed that comes when the transfer is ending or over; None: it needs no (other) answer."""
+        if event.epoch <= self.cancelled.get(event.peer, -1):
+            return Debt(event.peer, event.epoch, True)
+        known = self.grant is not None and self.grant.peer == event.peer and event.epoch <= self.grant.epoch
+        if known and (self.phase is Phase.ENDING or self.outcome is SendOutcome.SENT):
+            return None
+        return Debt(event.peer, event.epoch, False)
 
     def deadline_s(self, limits: SenderLimits, lease_end_s: float) -> float | None:
         """When something has to happen if nothing else does; `lease_end_s` is the granted peer's."""

@@ -25,23 +25,19 @@ from .events import (
     Offer,
     Peer,
     PeerGone,
-    PostWrite,
     Preempted,
     PromptDone,
-    Rect,
-    SendCancelled,
     SenderAction,
     SenderEvent,
     SendFailed,
     SendOutcome,
-    SendSeal,
     Tick,
     Withdraw,
     WriteDone,
 )
 from .lanes import Lane, Lanes, Queued
 from .outgoing import Debt, Flight, Outgoing, Phase, SenderCounters, SenderLimits
-from .rects import Coverage, clip, is_proper
+from .rects import Coverage, is_proper
 from .timers import Timers
 
 __all__ = ["Sender", "SenderCounters", "SenderLimits"]
@@ -103,7 +99,7 @@ class Sender:
             case PromptDone(tid):
                 self._prompt_done(tid, now_s)
             case Withdraw(tid, reason):
-                self._end_live(tid, SendOutcome.WITHDRAWN, reason, now_s)
+                self._withdraw(tid, reason, now_s)
             case Preempted(tid):
                 self._preempted(tid, now_s)
             case NotNeededCame(tid, reason):
@@ -120,26 +116,20 @@ class Sender:
     # --- the engine's events ---
 
     def _offer(self, event: Offer, now_s: float) -> None:
-        transfer = self._transfers.get(event.transfer_id)
-        if transfer is None:
-            transfer = self._new(event.transfer_id, now_s, Phase.LIVE)
-        elif transfer.request_id is not None:
-            if transfer.request_id != event.request_id:
-                reason = f"the transfer id is in use by request {transfer.request_id}"
-                self._out.append(Finished(transfer.transfer_id, event.request_id, SendOutcome.FAILED, reason))
-            return
-        else:
-            self._unoffered -= 1
-        transfer.request_id = event.request_id
-        if transfer.phase is Phase.OVER:
-            self._out.append(
-                Finished(
-                    transfer.transfer_id, event.request_id, transfer.outcome or SendOutcome.EXPIRED, transfer.reason
-                )
-            )
-            return
-        transfer.phase = Phase.LIVE
-        self._settle(transfer, now_s)
+        tid, request_id = event.transfer_id, event.request_id
+        transfer = self._transfers.get(tid) or self._new(tid, now_s, Phase.LIVE)
+        if transfer.request_id not in (None, request_id):
+            reason = f"the transfer id is in use by request {transfer.request_id}"
+            self._out.append(Finished(tid, request_id, SendOutcome.FAILED, reason))
+        elif transfer.request_id is None:
+            self._unoffered -= transfer.phase is not Phase.LIVE
+            transfer.request_id = request_id
+            if transfer.phase is Phase.OVER:
+                assert transfer.outcome is not None, "what is over has an outcome"
+                self._out.append(Finished(tid, request_id, transfer.outcome, transfer.reason))
+            else:
+                transfer.phase = Phase.LIVE
+                self._settle(transfer, now_s)
 
     def _computed(self, event: Computed, now_s: float) -> None:
         transfer = self._live(event.transfer_id)
@@ -151,8 +141,7 @@ class Sender:
             return
         transfer.computed.add(rect)
         if transfer.grant is not None:
-            self._enqueue(transfer, transfer.grant, [rect])
-            self._pump(self._lanes.of(transfer.grant.peer), now_s)
+            self._pump(self._lanes.enqueue(transfer, transfer.grant, [rect]), now_s)
 
     def _prompt_done(self, transfer_id: TransferId, now_s: float) -> None:
         transfer = self._live(transfer_id)
@@ -160,10 +149,10 @@ class Sender:
             transfer.prompt_done_s = now_s
             self._settle(transfer, now_s)
 
-    def _end_live(self, transfer_id: TransferId, outcome: SendOutcome, reason: str, now_s: float) -> None:
+    def _withdraw(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
         transfer = self._live(transfer_id)
         if transfer is not None:
-            self._end(transfer, outcome, reason, now_s)
+            self._end(transfer, SendOutcome.WITHDRAWN, reason, now_s)
 
     def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
         """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""
@@ -184,12 +173,9 @@ class Sender:
 
     def _granted(self, event: Granted, now_s: float) -> None:
         self._pump(self._lanes.renew(event.peer, now_s), now_s)
-        transfer = self._transfers.get(event.transfer_id)
+        transfer = self._known(event.transfer_id, now_s)
         if transfer is None:
-            if self._unoffered >= self.limits.max_early:
-                self.counters.early_refused += 1
-                return
-            transfer = self._new(event.transfer_id, now_s, Phase.EARLY)
+            return
         if transfer.phase >= Phase.ENDING:
             self._refuse(transfer, event, now_s)
         elif transfer.grant is not None and transfer.grant.peer != event.peer:
@@ -209,27 +195,24 @@ class Sender:
         elif self._lanes.of(grant.peer).dead:
             self._end(transfer, SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
         else:
-            self._enqueue(transfer, grant, transfer.computed.rects())
-            self._pump(self._lanes.of(grant.peer), now_s)
+            self._pump(self._lanes.enqueue(transfer, grant, transfer.computed.rects()), now_s)
             self._settle(transfer, now_s)
 
     def _refuse(self, transfer: Outgoing, event: Granted, now_s: float) -> None:
-        """A grant that comes too late. What it repeats is answered when it was; what is new is answered as it ended."""
-        known = transfer.grant is not None and transfer.grant.peer == event.peer and event.epoch <= transfer.grant.epoch
-        if event.epoch <= transfer.cancelled.get(event.peer, -1):
-            transfer.debts[Debt(event.peer, event.epoch, True)] = ""
-        elif not (known and (transfer.phase is Phase.ENDING or transfer.outcome is SendOutcome.SENT)):
-            transfer.debts[Debt(event.peer, event.epoch, False)] = transfer.reason or f"already {transfer.outcome}"
+        """A grant that comes too late. What it repeats is answered as before; what is new, as the transfer ended."""
+        debt = transfer.refusal(event)
+        if debt is not None:
+            transfer.debts[debt] = transfer.reason or f"already {transfer.outcome}"
         self._settle(transfer, now_s)
 
     def _not_needed(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
-        transfer = self._transfers.get(transfer_id) or self._remember_early(transfer_id, now_s)
+        transfer = self._known(transfer_id, now_s)
         if transfer is not None and transfer.phase < Phase.ENDING:
             self._end(transfer, SendOutcome.NOT_NEEDED, reason, now_s)
 
     def _cancel_came(self, event: CancelCame, now_s: float) -> None:
         """Always answered, at the latest when the receiver repeats it (a full buffer of early ones stays silent)."""
-        transfer = self._transfers.get(event.transfer_id) or self._remember_early(event.transfer_id, now_s)
+        transfer = self._known(event.transfer_id, now_s)
         if transfer is None:
             return
         transfer.cancelled[event.peer] = max(event.epoch, transfer.cancelled.get(event.peer, event.epoch))
@@ -254,17 +237,6 @@ class Sender:
 
     # --- writes ---
 
-    def _enqueue(self, transfer: Outgoing, grant: Granted, rects: list[Rect]) -> None:
-        """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post."""
-        queue = self._lanes.of(grant.peer).queue
-        for rect in rects:
-            part = clip(rect, grant.blocks[rect.group])
-            for piece in transfer.taken.missing(part) if part else ():
-                transfer.taken.add(piece)
-                cuts = self.limits.cuts(piece)
-                queue.extend(Queued(transfer.transfer_id, cut, 0) for cut in cuts)
-                transfer.queued += len(cuts)
-
     def _pump(self, lane: Lane, now_s: float) -> None:
         """Post from the head of the peer's queue while its lease and its window allow."""
         while lane.queue and lane.may_post(now_s):
@@ -278,18 +250,11 @@ class Sender:
                 self._settle(transfer, now_s)
 
     def _post(self, transfer: Outgoing, lane: Lane, item: Queued, size: int) -> None:
-        grant = transfer.grant
-        assert grant is not None and transfer.phase is Phase.LIVE, "only live, granted transfers are queued"
-        seq, transfer.next_seq = transfer.next_seq, transfer.next_seq + 1
-        transfer.flights[seq] = Flight(grant.peer, grant.epoch, item.rect, size, item.attempt, transfer.life)
         transfer.queued -= 1
         lane.inflight_bytes += size
-        if item.attempt == 0:
-            transfer.writes += 1
-            transfer.bytes += size
         self.counters.posts += 1
         self.counters.posted_bytes += size
-        self._out.append(PostWrite(grant.peer, transfer.transfer_id, grant.epoch, seq, item.rect))
+        self._out.append(transfer.post(item.rect, size, item.attempt))
 
     def _write_done(self, event: WriteDone, now_s: float) -> None:
         transfer = self._transfers.get(event.transfer_id)
@@ -335,26 +300,18 @@ class Sender:
             self._seal_or_fail(transfer, now_s)
         if transfer.phase is Phase.ENDING and not transfer.flights:
             self._finish(transfer, now_s)
-        for debt in transfer.payable():
-            self._pay(transfer, debt)
+        self._pay(transfer)
         self._timers.arm(transfer.transfer_id, self._deadline_s(transfer))
 
     def _seal_or_fail(self, transfer: Outgoing, now_s: float) -> None:
-        grant = transfer.grant
-        if grant is None or transfer.prompt_done_s is None:
-            return
-        if not transfer.sealed:
-            granted = self.limits.granted_cells(grant)
-            if transfer.taken.cells != granted:
-                reason = f"incomplete: {transfer.taken.cells} of {granted} granted cells were computed"
-                self._end(transfer, SendOutcome.FAILED, reason, now_s)
-                return
-            if transfer.queued:
-                return
-            transfer.sealed = True
-            self._out.append(SendSeal(grant.peer, transfer.transfer_id, grant.epoch, transfer.writes, transfer.bytes))
-        if not transfer.queued and not transfer.flights:
-            transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.SENT
+        verdict = transfer.verdict(self.limits)
+        if verdict:
+            self._end(transfer, SendOutcome.FAILED, verdict, now_s)
+        elif verdict == "":
+            if not transfer.sealed:
+                self._out.append(transfer.seal())
+            if not transfer.flights:
+                transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.SENT
 
     def _finish(self, transfer: Outgoing, now_s: float) -> None:
         """Say how it ended. Debts that writes in flight hold up are paid later (only after PEER_LOST)."""
@@ -364,8 +321,7 @@ class Sender:
         assert outcome is not None, "an ending transfer has an outcome"
         if grant is not None and outcome not in (SendOutcome.SENT, SendOutcome.CANCELLED):
             transfer.debts[Debt(grant.peer, grant.epoch, False)] = transfer.reason
-        for debt in transfer.payable():
-            self._pay(transfer, debt)
+        self._pay(transfer)
         if transfer.request_id is not None or grant is not None:
             self._out.append(Finished(transfer.transfer_id, transfer.request_id, outcome, transfer.reason))
         transfer.phase = Phase.OVER
@@ -373,17 +329,13 @@ class Sender:
         transfer.expires_s = now_s + self.limits.tombstone_s
         self._active -= 1
 
-    def _pay(self, transfer: Outgoing, debt: Debt) -> None:
-        reason = transfer.debts.pop(debt)
-        lane = self._lanes.find(debt.peer)
-        if lane is not None and lane.dead:
-            return
-        if debt.cancelled:
-            self._out.append(SendCancelled(debt.peer, transfer.transfer_id, debt.epoch))
-        else:
-            current = transfer.grant is not None and transfer.grant.epoch == debt.epoch
-            landed = transfer.landed_bytes if current else 0
-            self._out.append(SendFailed(debt.peer, transfer.transfer_id, debt.epoch, reason, landed))
+    def _pay(self, transfer: Outgoing) -> None:
+        """Give the answers that have become true; the dead need none."""
+        for debt in transfer.payable():
+            answer = transfer.answer(debt)
+            lane = self._lanes.find(debt.peer)
+            if lane is None or not lane.dead:
+                self._out.append(answer)
 
     # --- time ---
 
@@ -395,15 +347,15 @@ class Sender:
         for key in self._timers.due(now_s):
             if isinstance(key, Peer):
                 self._lanes.drop_idle(key, now_s)
-                continue
-            transfer = self._transfers.get(key)
-            if transfer is None:
-                continue
-            deadline = self._deadline_s(transfer)
-            if deadline is not None and deadline <= now_s:
-                self._expire(transfer, now_s)
-            if transfer.transfer_id in self._transfers:
-                self._timers.arm(key, self._deadline_s(transfer))
+            elif key in self._transfers:
+                self._ring(self._transfers[key], now_s)
+
+    def _ring(self, transfer: Outgoing, now_s: float) -> None:
+        deadline = self._deadline_s(transfer)
+        if deadline is not None and deadline <= now_s:
+            self._expire(transfer, now_s)
+        if transfer.transfer_id in self._transfers:
+            self._timers.arm(transfer.transfer_id, self._deadline_s(transfer))
 
     def _expire(self, transfer: Outgoing, now_s: float) -> None:
         match transfer.phase:
@@ -430,12 +382,13 @@ class Sender:
         self._timers.arm(transfer_id, self._deadline_s(transfer))
         return transfer
 
-    def _remember_early(self, transfer_id: TransferId, now_s: float) -> Outgoing | None:
-        """A record for a message that came before its Offer; None when there are too many."""
-        if self._unoffered >= self.limits.max_early:
+    def _known(self, transfer_id: TransferId, now_s: float) -> Outgoing | None:
+        """The record of a peer's message, new if the message came before its Offer; None when there are too many."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None and self._unoffered >= self.limits.max_early:
             self.counters.early_refused += 1
             return None
-        return self._new(transfer_id, now_s, Phase.EARLY)
+        return transfer or self._new(transfer_id, now_s, Phase.EARLY)
 
     def _live(self, transfer_id: TransferId) -> Outgoing | None:
         transfer = self._transfers.get(transfer_id)
