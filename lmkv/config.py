@@ -23,7 +23,9 @@ class ConnectorSettings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LMKV_", extra="forbid", frozen=True)
 
     listen: str = Field("tcp://127.0.0.1:0", description="control address of this engine; port 0 picks a free one")
-    advertise: str = Field("", description="host that peers use instead of the listen host (needed for 0.0.0.0 and NAT)")
+    advertise: str = Field(
+        "", description="host that peers use instead of the listen host (needed for 0.0.0.0 and NAT)"
+    )
     worker_port: int = Field(0, ge=0, le=65535, description="control port of rank 0, rank r has +r; 0 picks free ones")
     name: str = Field("", description="name of this engine in logs and views; default is role, host and port")
     transport: str = Field("nixl://", description="data plane")

@@ -23,7 +23,7 @@ class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """Array-encoded, tagged by class name."""
 
 
-# --- what engines tell each other about themselves ---------------------------------------------------------------------
+# --- what engines tell each other about themselves ---
 
 
 class LayerCard(_Message, frozen=True):
@@ -69,7 +69,7 @@ class EngineCard(_Message, frozen=True):
     protocol: int = PROTOCOL
 
 
-# --- control plane: pairing ----------------------------------------------------------------------------------------------
+# --- control plane: pairing ---
 
 
 class Meet(_Message, frozen=True, tag=True):
@@ -108,9 +108,12 @@ class Refuse(_Message, frozen=True, tag=True):
 
 
 class Introduce(_Message, frozen=True, tag=True):
-    """Engine to its own workers: connect to this peer and warm it."""
+    """Engine to its own workers: connect to this peer, warm it, and tell `engine_address` (Introduced)."""
 
     card: EngineCard
+    engine_address: str
+    incarnation: Incarnation
+    """The engine's own, which its workers use towards peers."""
 
 
 class Introduced(_Message, frozen=True, tag=True):
@@ -128,7 +131,7 @@ class Dismiss(_Message, frozen=True, tag=True):
     dead: bool
 
 
-# --- control plane: liveness ---------------------------------------------------------------------------------------------
+# --- control plane: liveness ---
 
 
 class Beat(_Message, frozen=True, tag=True):
@@ -142,7 +145,7 @@ class Beat(_Message, frozen=True, tag=True):
     held_s: float = 0.0
 
 
-# --- control plane: one transfer (all from or to worker ranks) -----------------------------------------------------------
+# --- control plane: one transfer (all from or to worker ranks) ---
 
 
 class Grant(_Message, frozen=True, tag=True):
@@ -199,7 +202,7 @@ class Failed(_Message, frozen=True, tag=True):
     landed_bytes: int = 0
 
 
-# --- control plane: questions --------------------------------------------------------------------------------------------
+# --- control plane: questions ---
 
 
 class Describe(_Message, frozen=True, tag=True):
@@ -237,7 +240,7 @@ Control = (
 )  # fmt: skip
 
 
-# --- notes on the data plane ---------------------------------------------------------------------------------------------
+# --- notes on the data plane ---
 
 
 class WriteNote(_Message, frozen=True, tag="w"):

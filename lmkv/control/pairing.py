@@ -76,7 +76,7 @@ class Pairing:
         self._addresses: dict[str, _Address] = {}
         self._peers: dict[Incarnation, _Peer] = {}
 
-    # --- questions -----------------------------------------------------------------------------------------------------
+    # --- questions ---
 
     def state(self, address: str) -> tuple[PairState, str]:
         """State of the pair with whoever is at `address`, and the reason if refused."""
@@ -96,7 +96,7 @@ class Pairing:
     def ready_peers(self) -> list[wire.EngineCard]:
         return [peer.card for peer in self._peers.values() if peer.ready]
 
-    # --- events --------------------------------------------------------------------------------------------------------
+    # --- events ---
 
     def want(self, address: str, now_s: float, waiter: tuple[bytes, str] | None = None) -> list[Action]:
         """Someone needs the engine at `address`. A waiter (identity, token) gets a Met when it is decided."""
@@ -152,7 +152,7 @@ class Pairing:
             actions.append(ToEngine(peer.card.address, wire.Welcome(self.card)))
         return actions + self._tell_waiters(peer.card.address, "")
 
-    # --- inside --------------------------------------------------------------------------------------------------------
+    # --- inside ---
 
     def _refusal(self, card: wire.EngineCard) -> wire.Refuse | None:
         try:
@@ -170,7 +170,7 @@ class Pairing:
             actions.append(ToWorkers(wire.Dismiss(entry.incarnation, dead=False)))
         entry.incarnation, entry.refused = card.incarnation, ""
         self._peers.setdefault(card.incarnation, _Peer(card))
-        return [*actions, ToWorkers(wire.Introduce(card))]
+        return [*actions, ToWorkers(wire.Introduce(card, self.card.address, self.card.incarnation))]
 
     def _forget(self, incarnation: Incarnation, dead: bool, reason: str, now_s: float) -> list[Action]:
         peer = self._peers.pop(incarnation)

@@ -1,0 +1,85 @@
+"""What the engine thread tells the worker loop, and what it takes back."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lmkv.ids import RequestId, TransferId
+
+from .metadata import ExpectSpec, OfferSpec, Push, RankReport
+
+
+class Fence(Protocol):
+    """A point in the device's stream (torch.cuda.Event); host memory needs none."""
+
+    def query(self) -> bool:
+        """True once everything before the point has been executed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Cached blocks of these pushes are complete in all layers."""
+
+    pushes: tuple[Push, ...]
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayersDone:
+    """Layers [lo, hi) of `group` have been computed for the step's pushes, once the fence has passed."""
+
+    pushes: tuple[Push, ...]
+    group: int
+    lo: int
+    hi: int
+    fence: Fence | None
+    time_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """All layers of the step have been announced."""
+
+    pushes: tuple[Push, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    offers: tuple[OfferSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    withdrawals: tuple[tuple[TransferId, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    expects: tuple[ExpectSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Abandoned:
+    transfer_ids: tuple[TransferId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """Blocks of these transfers are about to be overwritten; `drained` is set when nothing reads them any more."""
+
+    transfer_ids: tuple[TransferId, ...]
+    drained: threading.Event = field(default_factory=threading.Event)
+
+
+Command = Ready | LayersDone | StepDone | Offered | Withdrawn | Expected | Abandoned | Preempted
+
+
+@dataclass(slots=True)
+class Results:
+    """Taken by the engine thread at the end of a step."""
+
+    sent: list[RequestId] = field(default_factory=list)
+    reports: list[RankReport] = field(default_factory=list)
+    ledgers: list[dict[str, object]] = field(default_factory=list)

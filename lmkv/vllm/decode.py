@@ -1,0 +1,232 @@
+"""Decode's scheduler half: grants, the wait for KV, failed loads, and blocks in quarantine.
+
+Runs on the engine thread. A transfer id belongs to one request at first; with n > 1 its siblings carry the same id,
+wait until the first has loaded, and then find the prompt in the local prefix cache.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from lmkv import wire
+from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import Outbox
+from lmkv.control.pairing import PairState
+from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
+from lmkv.obs.ledger import LedgerBook
+
+from .endpoint import EngineEndpoint
+from .metadata import BlockRange, ExpectSpec, RankReport, StepMeta
+from .params import RequestParams
+
+
+class _State(Enum):
+    NEW = auto()
+    LOADING = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True)
+class _Transfer:
+    params: RequestParams
+    arrived_s: float
+    state: _State = _State.NEW
+    loader: RequestId | None = None
+    requests: set[RequestId] = field(default_factory=set)
+    block_ids: tuple[int, ...] = ()
+    reports: int = 0
+    undrained: int = 0
+    held: list[Any] = field(default_factory=list)
+    """Blocks in quarantine: referenced by us until no writer can touch them."""
+
+
+class DecodeSide:
+    """`incarnation` is this engine's own; `world` its number of ranks."""
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        incarnation: Incarnation,
+        block_tokens: tuple[int, ...],
+        select: Callable[[Any], tuple[list[int], ...]],
+        endpoint: EngineEndpoint,
+        outbox: Outbox,
+        book: LedgerBook,
+        world: int,
+    ) -> None:
+        self._settings = settings
+        self._incarnation = incarnation
+        self._block_tokens = block_tokens
+        self._select = select
+        self._endpoint = endpoint
+        self._outbox = outbox
+        self._book = book
+        self._world = world
+        self._transfers: dict[TransferId, _Transfer] = {}
+        self._by_request: dict[RequestId, _Transfer] = {}
+        self._expects: list[ExpectSpec] = []
+        self._abandons: list[TransferId] = []
+        self._block_pool: Any = None
+
+    def bind_block_pool(self, pool: Any) -> None:
+        self._block_pool = pool
+
+    # --- a request's way in ---
+
+    def new_request(self, request: Any, params: RequestParams) -> None:
+        transfer = self._transfers.get(params.transfer_id)
+        now_s = time.monotonic()
+        if transfer is None:
+            transfer = self._transfers[params.transfer_id] = _Transfer(params, now_s)
+            self._book.update(
+                params.transfer_id, role="decode", prompt_tokens=request.num_prompt_tokens, arrived_s=now_s
+            )
+        transfer.requests.add(request.request_id)
+        self._by_request[request.request_id] = transfer
+        self._endpoint.pair(params.peer_address)
+
+    def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        """(tokens to load, asynchronously), or (None, False): ask again in the next step."""
+        transfer = self._by_request[request.request_id]
+        if transfer.state is _State.DONE:
+            return 0, False
+        if transfer.state is _State.LOADING:
+            return None, False
+        missing = request.num_prompt_tokens - computed_tokens
+        if missing < self._settings.min_remote_tokens:
+            return 0, False
+        state, reason, _ = self._endpoint.pair(transfer.params.peer_address)
+        if state is PairState.READY:
+            return missing, True
+        if state is PairState.PENDING and time.monotonic() - transfer.arrived_s < self._settings.pair_s:
+            return None, False
+        self._miss(transfer, "refused" if reason else "not_paired", reason)
+        return 0, False
+
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        """Blocks are allocated: grant them, or tell prefill that nothing is needed."""
+        transfer = self._by_request[request.request_id]
+        if transfer.state is not _State.NEW:
+            return
+        if external_tokens == 0:
+            transfer.state = _State.DONE
+            self._not_needed(transfer, "decode has the prompt or computes it")
+            return
+        first_token = request.num_prompt_tokens - external_tokens
+        tables = self._select(blocks.get_block_ids())
+        first_block, granted = [], []
+        for table, n in zip(tables, self._block_tokens, strict=True):
+            first, last = first_token // n, -(-request.num_prompt_tokens // n)
+            while first < last and table[first] == 0:  # vLLM's null block: behind a sliding window
+                first += 1
+            first_block.append(first)
+            granted.append(tuple(table[first:last]))
+        self._grant(transfer, request, first_token, tuple(first_block), tuple(granted))
+
+    def _grant(
+        self,
+        transfer: _Transfer,
+        request: Any,
+        first_token: int,
+        first_block: tuple[int, ...],
+        granted: tuple[tuple[int, ...], ...],
+    ) -> None:
+        tid, epoch = transfer.params.transfer_id, Epoch(1)
+        _, _, card = self._endpoint.pair(transfer.params.peer_address)
+        # The pair may be lost since matched_tokens said READY: then nobody is granted anything and the load fails at once.
+        incarnation = card.incarnation if card is not None else Incarnation("")
+        now_s = time.monotonic()
+        grant = wire.Grant(
+            self._incarnation, tid, epoch, first_token, request.num_prompt_tokens, first_block, granted, now_s
+        )
+        for worker in card.workers if card is not None else ():
+            self._outbox.send(worker.address, grant)
+        transfer.state, transfer.loader = _State.LOADING, request.request_id
+        transfer.block_ids = tuple(i for ids in granted for i in ids if i)
+        ranges = tuple(BlockRange(g, lo, ids) for g, (lo, ids) in enumerate(zip(first_block, granted, strict=True)))
+        self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, ranges))
+        self._book.update(
+            tid, granted_s=now_s, first_token=first_token, granted_blocks=len(transfer.block_ids), peer=incarnation
+        )
+
+    # --- the steps ---
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._expects or self._abandons)
+
+    @property
+    def has_pending_frees(self) -> bool:
+        return any(t.state is _State.LOADING and t.loader not in t.requests for t in self._transfers.values())
+
+    def fill(self, meta: StepMeta) -> None:
+        meta.expects += self._expects
+        meta.abandons += self._abandons
+        self._expects, self._abandons = [], []
+
+    def reported(self, report: RankReport) -> None:
+        """A rank has ended its part (called before vLLM acts on the same step's finished sets)."""
+        transfer = self._transfers.get(report.transfer_id)
+        if transfer is None:
+            return
+        if report.outcome == "drained":
+            transfer.undrained -= 1
+            self._release_quarantine(transfer)
+            return
+        transfer.reports += 1
+        if not report.drained:
+            transfer.undrained += 1
+            self._quarantine(transfer)
+        if report.outcome == "failed":
+            self._miss(transfer, "load_failed", report.reason)
+        if transfer.reports == self._world:
+            transfer.state = _State.DONE
+            self._book.update(report.transfer_id, loaded_s=time.monotonic(), outcome=report.outcome)
+            self._book.count(f"receive:{report.outcome}")
+            self._drop_if_over(transfer)
+
+    def finished(self, request: Any) -> None:
+        """The request has ended, in whatever way. vLLM keeps the blocks of one still loading until it is reported."""
+        transfer = self._by_request.pop(request.request_id)
+        transfer.requests.discard(request.request_id)
+        if transfer.state is _State.LOADING and transfer.loader == request.request_id:
+            self._abandons.append(transfer.params.transfer_id)
+        elif transfer.state is _State.NEW and not transfer.requests:
+            transfer.state = _State.DONE
+            self._not_needed(transfer, "request ended before its grant")
+        self._book.update(transfer.params.transfer_id, finished_s=time.monotonic())
+        self._drop_if_over(transfer)
+
+    # --- inside ---
+
+    def _not_needed(self, transfer: _Transfer, reason: str) -> None:
+        tid = transfer.params.transfer_id
+        self._endpoint.tell(transfer.params.peer_address, wire.NotNeeded(self._incarnation, tid, reason))
+        self._book.update(tid, not_needed=reason)
+        self._book.count("receive:not_needed")
+
+    def _miss(self, transfer: _Transfer, kind: str, reason: str) -> None:
+        self._book.count(f"miss:{kind}")
+        self._book.update(transfer.params.transfer_id, miss=f"{kind}: {reason}" if reason else kind)
+
+    def _quarantine(self, transfer: _Transfer) -> None:
+        if transfer.held or self._block_pool is None:
+            return
+        transfer.held = [self._block_pool.blocks[i] for i in transfer.block_ids]
+        self._block_pool.touch(transfer.held)
+        self._book.count("quarantined_blocks", len(transfer.held))
+
+    def _release_quarantine(self, transfer: _Transfer) -> None:
+        if transfer.undrained == 0 and transfer.held:
+            self._block_pool.free_blocks(reversed(transfer.held))
+            self._book.count("quarantined_blocks", -len(transfer.held))
+            transfer.held = []
+            self._drop_if_over(transfer)
+
+    def _drop_if_over(self, transfer: _Transfer) -> None:
+        if not transfer.requests and transfer.state is _State.DONE and not transfer.held:
+            self._transfers.pop(transfer.params.transfer_id, None)

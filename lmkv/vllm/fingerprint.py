@@ -1,0 +1,103 @@
+"""What two engines must have in common before KV may pass between them.
+
+`must`: the numbers in the cache mean the same (model, weights, dtypes, rope, …); any difference is refused.
+`layout`: how those numbers lie in memory; equal layouts are copied verbatim (direct mode).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lmkv import wire
+from lmkv.errors import CompatError
+
+_SAMPLES = 64
+_SAMPLE_BYTES = 64 * 1024
+_VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+_HINTS = {
+    "weights": "both engines must serve the same weight files; compare --model on both",
+    "model": "both engines must serve the same model; compare --model and --hf-overrides on both",
+    "dtype": "start both with the same --dtype",
+    "kv_dtype": "start both with the same --kv-cache-dtype",
+    "quantization": "start both with the same --quantization",
+    "speculative": "start both with the same --speculative-config",
+    "vllm": "run the same vLLM minor version on both",
+    "block_tokens": "start both with the same --block-size",
+    "tp": "start both with the same --tensor-parallel-size",
+    "interior": "run both on the same attention back end (CPU engines: the same instruction set and --dtype)",
+    "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT",
+}
+
+
+def digest(value: object) -> str:
+    """16 hex digits over the canonical JSON of a value (anything not JSON is taken by its str)."""
+    text = json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def config_digest(config: Mapping[str, Any]) -> str:
+    """Digest of a Hugging Face config without the entries that do not change the KV."""
+    return digest({key: value for key, value in config.items() if key not in _VOLATILE})
+
+
+def weights_digest(model: str) -> str:
+    """Sampled digest of the weight files in a model folder: names, sizes, head and 64 samples of 64 KiB of each.
+
+    Tells different weights apart unless they agree in every sample; it is not a digest of the whole content. A model
+    that is not a folder (a hub name) gives `name:<model>`.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return f"name:{model}"
+    state = hashlib.blake2b(digest_size=8)
+    suffixes = (".safetensors", ".bin", ".pt", ".gguf")
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
+        size = path.stat().st_size
+        state.update(f"{path.name}:{size};".encode())
+        step = max(_SAMPLE_BYTES, size // _SAMPLES)
+        with path.open("rb") as file:
+            for offset in range(0, size, step):
+                file.seek(offset)
+                state.update(file.read(_SAMPLE_BYTES))
+    return state.hexdigest()
+
+
+def must_match(vllm_config: Any, vllm_version: str) -> dict[str, str]:
+    """The `must` part from vLLM's configuration."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    speculative = vllm_config.speculative_config
+    return {
+        "model": ",".join(model.architectures or ["?"]) + ":" + config_digest(model.hf_text_config.to_dict()),
+        "weights": weights_digest(model.model),
+        "dtype": str(model.dtype),
+        "kv_dtype": str(cache.cache_dtype),
+        "quantization": str(model.quantization),
+        "layers": str(model.get_total_num_hidden_layers()),
+        "kv_heads": str(model.get_total_num_kv_heads()),
+        "head_size": str(model.get_head_size()),
+        "speculative": digest([speculative.method, speculative.model]) if speculative is not None else "none",
+        "vllm": ".".join(vllm_version.split(".")[:2]),
+    }
+
+
+def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
+    """Raise CompatError, naming the field and what to set, unless `theirs` may exchange KV with `ours`.
+
+    Conversion between layouts does not exist yet, so a differing layout field is refused as well.
+    """
+    peer = f"engine {theirs.name!r} at {theirs.address}"
+    if ours.protocol != theirs.protocol:
+        raise CompatError("protocol", str(ours.protocol), str(theirs.protocol), peer=peer, hint="run one lmkv version")
+    if {ours.role, theirs.role} in ({"prefill"}, {"decode"}):
+        raise CompatError("role", ours.role, theirs.role, peer=peer, hint="a pair is one prefill and one decode engine")
+    for part, mine, other in (("must", ours.must, theirs.must), ("layout", ours.layout, theirs.layout)):
+        for name in sorted(mine.keys() | other.keys(), key=lambda n: (n not in ("model", "weights"), n)):
+            if mine.get(name) != other.get(name):
+                fallback = "such KV cannot be exchanged" if part == "must" else "conversion is not available for it"
+                raise CompatError(
+                    name, mine.get(name, "-"), other.get(name, "-"), peer=peer, hint=_HINTS.get(name, fallback)
+                )

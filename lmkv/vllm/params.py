@@ -1,0 +1,41 @@
+"""Reading `kv_transfer_params["lmkv"]` of a request."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lmkv.control.mailbox import split_address
+from lmkv.errors import ConfigError
+from lmkv.ids import TransferId
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestParams:
+    transfer_id: TransferId
+    role: Literal["prefill", "decode"]
+    peer_address: str
+
+
+def request_params(params: Mapping[str, Any] | None) -> RequestParams | None:
+    """The request's part in a transfer; None for a request that runs as on plain vLLM.
+
+    Unreadable parameters are logged and treated as none: a cache problem never fails a request.
+    """
+    ours = (params or {}).get("lmkv")
+    if ours is None:
+        return None
+    try:
+        transfer_id, role, address = ours["transfer_id"], ours["role"], ours["peer"]["address"]
+        split_address(address)
+    except (KeyError, TypeError, ConfigError) as error:
+        logger.warning("request ignored by lmkv: kv_transfer_params.lmkv=%r cannot be read: %r", ours, error)
+        return None
+    if role not in ("prefill", "decode") or not isinstance(transfer_id, str) or len(transfer_id) != 32:
+        logger.warning("request ignored by lmkv: role %r or transfer_id %r is not valid", role, transfer_id)
+        return None
+    return RequestParams(TransferId(transfer_id), role, address)

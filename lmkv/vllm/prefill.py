@@ -1,0 +1,108 @@
+"""Prefill's scheduler half: which blocks each step completes, and when a request's blocks may go.
+
+Runs on the engine thread. vLLM asks it every step; it keeps one small record a request.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from lmkv.ids import RequestId, TransferId
+from lmkv.obs.ledger import LedgerBook
+
+from .metadata import BlockRange, OfferSpec, Push, StepMeta
+from .params import RequestParams
+
+
+@dataclass(slots=True)
+class _Prefill:
+    transfer_id: TransferId
+    request_id: RequestId
+    prompt_tokens: int
+    announced: bool = False
+    done: bool = False
+    next_block: tuple[int, ...] = ()
+    """By transfer group: first block not yet given to the workers."""
+
+
+class PrefillSide:
+    """`block_tokens`: tokens a block, by transfer group. `select` picks the transfer groups out of a block table."""
+
+    def __init__(self, kv_cache_config: Any, block_tokens: tuple[int, ...], book: LedgerBook) -> None:
+        self._select = kv_cache_config.select_transfer_block_ids
+        self._block_tokens = block_tokens
+        self._book = book
+        self._requests: dict[RequestId, _Prefill] = {}
+        self._orphans: list[_Prefill] = []
+
+    def new_request(self, request: Any, params: RequestParams) -> None:
+        self._requests[request.request_id] = _Prefill(
+            params.transfer_id, request.request_id, request.num_prompt_tokens, next_block=(0,) * len(self._block_tokens)
+        )
+        self._book.update(
+            params.transfer_id, role="prefill", prompt_tokens=request.num_prompt_tokens, arrived_s=time.monotonic()
+        )
+
+    @property
+    def has_news(self) -> bool:
+        """A step is needed to tell the workers something."""
+        return bool(self._orphans)
+
+    def fill(self, meta: StepMeta, output: Any) -> None:
+        """Add this step's offers, pushes, preemptions and withdrawals to `meta`."""
+        for prefill in self._orphans:
+            meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, report=False))
+            meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
+        self._orphans.clear()
+        if not self._requests:
+            return
+        for request_id in output.preempted_req_ids or ():
+            preempted = self._requests.get(request_id)
+            if preempted is not None and preempted.announced and not preempted.done:
+                meta.preempted.append(preempted.transfer_id)
+                preempted.next_block = (0,) * len(self._block_tokens)
+        for new in output.scheduled_new_reqs:
+            self._advance(meta, output, new.req_id, new.num_computed_tokens)
+        cached = output.scheduled_cached_reqs
+        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+            self._advance(meta, output, request_id, computed)
+
+    def _advance(self, meta: StepMeta, output: Any, request_id: RequestId, before: int) -> None:
+        prefill = self._requests.get(request_id)
+        if prefill is None or prefill.done:
+            return
+        if not prefill.announced:
+            prefill.announced = True
+            meta.offers.append(OfferSpec(prefill.transfer_id, request_id))
+            self._book.update(prefill.transfer_id, cached_tokens=before, scheduled_s=time.monotonic())
+        tables = output.kv_connector_block_state.get_block_ids(request_id)
+        assert tables is not None, f"{request_id} is scheduled but has no block table"
+        after = before + output.num_scheduled_tokens[request_id]
+        prefill.done = after >= prefill.prompt_tokens
+        cached, computed, following = [], [], []
+        for group, (table, n) in enumerate(zip(self._select(tables), self._block_tokens, strict=True)):
+            total = -(-prefill.prompt_tokens // n)
+            start = prefill.next_block[group]
+            ready = max(start, min(before // n, total))
+            stop = max(ready, total if prefill.done else min(after // n, total))
+            if ready > start:
+                cached.append(BlockRange(group, start, tuple(table[start:ready])))
+            if stop > ready:
+                computed.append(BlockRange(group, ready, tuple(table[ready:stop])))
+            following.append(stop)
+        prefill.next_block = tuple(following)
+        if cached or computed or prefill.done:
+            meta.pushes.append(Push(prefill.transfer_id, tuple(cached), tuple(computed), prefill.done))
+
+    def finished(self, request: Any, meta: StepMeta) -> bool:
+        """The request has ended; True: keep its blocks until the workers report finished_sending."""
+        prefill = self._requests.pop(request.request_id)
+        self._book.update(prefill.transfer_id, finished_s=time.monotonic())
+        if not prefill.announced:
+            self._orphans.append(prefill)
+            return False
+        if not prefill.done:
+            meta.withdrawals.append((prefill.transfer_id, f"prefill ended as {request.status.name}"))
+        return True

@@ -1,0 +1,184 @@
+"""The loop's decode part: verifies what has landed, feeds the Receiver and performs its actions. Loop thread only."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from lmkv import wire
+from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import Outbox
+from lmkv.errors import TransferError
+from lmkv.ids import Rank, TransferId
+from lmkv.transfer import events as ev
+from lmkv.transfer.incoming import ReceiverLimits
+from lmkv.transfer.plan import runs_for
+from lmkv.transfer.receiver import Receiver
+
+from . import memory
+from .metadata import ExpectSpec, RankReport
+from .peers import Peers
+from .trace import ReceiveTrace, facts
+
+logger = logging.getLogger(__name__)
+
+_EARLY_TRANSFERS = 256
+_EARLY_NOTES = 4096
+_REMEMBERED = 4096
+
+
+class Receiving:
+    """Notes that come before their Expect wait here, since only the block ids tell what to verify."""
+
+    def __init__(
+        self, settings: ConnectorSettings, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox
+    ) -> None:
+        self._settings = settings
+        self._rank = rank
+        self._map = found.map()
+        self._layers = self._map.layers()
+        self._sizes = self._map.layer_block_bytes()
+        self._peers = peers
+        self._outbox = outbox
+        self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
+        self._specs: dict[TransferId, ExpectSpec] = {}
+        self._traces: dict[TransferId, ReceiveTrace] = {}
+        self._early: OrderedDict[TransferId, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
+        self._over: OrderedDict[TransferId, None] = OrderedDict()
+        self._reports: list[RankReport] = []
+        self._ledgers: list[dict[str, Any]] = []
+
+    # --- what comes in ---
+
+    def expected(self, expects: tuple[ExpectSpec, ...], now_s: float) -> None:
+        for spec in expects:
+            rects = tuple(ev.Rect(r.group, 0, self._layers[r.group], r.lo, r.hi) for r in spec.blocks if r.ids)
+            payload_bytes = sum(self._sizes[r.group] * (r.block_hi - r.block_lo) * r.layer_hi for r in rects)
+            self._specs[spec.transfer_id] = spec
+            self._traces[spec.transfer_id] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
+            peer = ev.Peer(spec.incarnation, self._rank)
+            event = ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, (peer,), rects, payload_bytes)
+            self.handle(event, now_s)
+            if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
+                self.handle(ev.PeerGone(peer, dead=True), now_s)
+            elif self._peers.find(spec.incarnation) is None:
+                self.handle(ev.PeerGone(peer, dead=False), now_s)
+            for sender, note in self._early.pop(spec.transfer_id, []):
+                self.note_came(sender, note, now_s)
+
+    def abandoned(self, tids: tuple[TransferId, ...], now_s: float) -> None:
+        for tid in tids:
+            self.handle(ev.Abandon(tid), now_s)
+
+    def note_came(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote, now_s: float) -> None:
+        tid = note.transfer_id
+        if tid not in self._specs and tid not in self._over:
+            self._hold_early(peer, note)
+            return
+        trace = self._traces.get(tid)
+        if isinstance(note, wire.SealNote):
+            if trace is not None:
+                trace.sealed_s = now_s
+            self.handle(ev.Sealed(peer, tid, note.epoch, note.writes, note.payload_bytes), now_s)
+            return
+        if trace is not None:
+            trace.first_landed_s = trace.first_landed_s or now_s
+            trace.last_landed_s = now_s
+            trace.writes += 1
+            trace.bytes += note.payload_bytes
+        rect = ev.Rect(note.group, note.layer_lo, note.layer_hi, note.block_lo, note.block_hi)
+        valid = self._verify(note, rect)
+        self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, valid), now_s)
+
+    def _hold_early(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote) -> None:
+        notes = self._early.setdefault(note.transfer_id, [])
+        if len(notes) < _EARLY_NOTES:
+            notes.append((peer, note))
+        while len(self._early) > _EARLY_TRANSFERS:
+            tid, _ = self._early.popitem(last=False)
+            logger.warning("early notes of %s dropped: too many transfers that nobody expects", tid)
+
+    def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> bool:
+        """The checksum is right, or there is none to compare, or the machine will refuse the note anyway."""
+        spec = self._specs.get(note.transfer_id)
+        if spec is None or not note.checksum or not self._settings.checksum or note.epoch != spec.epoch:
+            return True
+        blocks = spec.blocks[rect.group] if 0 <= rect.group < len(spec.blocks) else None
+        if blocks is None or rect.block_lo < blocks.lo or rect.block_hi > blocks.hi:
+            return True
+        ids = blocks.ids[rect.block_lo - blocks.lo : rect.block_hi - blocks.lo]
+        start_s = time.monotonic()
+        try:
+            right = memory.checksum(runs_for(self._map, rect, ids)) == note.checksum
+        except TransferError as error:
+            logger.warning("note of %s: %s", note.transfer_id, error)
+            return True
+        self._traces[note.transfer_id].checksum_s += time.monotonic() - start_s
+        if not right:
+            logger.error("checksum of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
+        return right
+
+    def answer_came(self, message: wire.Cancelled | wire.Failed, now_s: float) -> None:
+        peer = ev.Peer(message.incarnation, message.rank)
+        if isinstance(message, wire.Cancelled):
+            self.handle(ev.CancelledCame(peer, message.transfer_id, message.epoch), now_s)
+        else:
+            self.handle(ev.FailedCame(peer, message.transfer_id, message.epoch, message.reason), now_s)
+
+    # --- the machine ---
+
+    def handle(self, event: ev.ReceiverEvent, now_s: float) -> None:
+        for action in self._machine.handle(event, now_s):
+            match action:
+                case ev.SendCancel(peer, tid, epoch):
+                    address = self._peers.address_of(peer.incarnation)
+                    if address is not None:
+                        self._outbox.send(address, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
+                case ev.Report():
+                    self._report(action, now_s)
+                case ev.Drained(tid, request_id):
+                    self._reports.append(RankReport(tid, request_id, "drained", True, ""))
+
+    def tick(self, now_s: float) -> None:
+        deadline_s = self._machine.next_deadline_s()
+        if deadline_s is not None and deadline_s <= now_s:
+            self.handle(ev.Tick(), now_s)
+
+    def deadline_s(self) -> float | None:
+        return self._machine.next_deadline_s()
+
+    @property
+    def active(self) -> bool:
+        return bool(self._specs)
+
+    def take(self) -> tuple[list[RankReport], list[dict[str, Any]]]:
+        reports, ledgers = self._reports, self._ledgers
+        self._reports, self._ledgers = [], []
+        return reports, ledgers
+
+    def _report(self, action: ev.Report, now_s: float) -> None:
+        tid = action.transfer_id
+        spec, trace = self._specs.pop(tid), self._traces.pop(tid)
+        self._over[tid] = None
+        while len(self._over) > _REMEMBERED:
+            self._over.popitem(last=False)
+        trace.reported_s, trace.outcome, trace.reason = now_s, action.outcome.value, action.reason
+        pal = self._peers.find(spec.incarnation)
+        if pal is not None:
+            trace.clock_offset_s = pal.clock_offset_s
+        if action.outcome is ev.ReceiveOutcome.LOADED:
+            if self._settings.debug_dump_dir:
+                self._dump(spec)
+        else:
+            logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
+        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, action.drained, action.reason))
+        self._ledgers.append(facts(trace))
+
+    def _dump(self, spec: ExpectSpec) -> None:
+        for blocks in spec.blocks:
+            rect = ev.Rect(blocks.group, 0, self._layers[blocks.group], blocks.lo, blocks.hi)
+            path = Path(self._settings.debug_dump_dir, f"{spec.transfer_id}-decode-{self._rank}-{blocks.group}.kv")
+            memory.dump(path, runs_for(self._map, rect, blocks.ids))

@@ -1,0 +1,159 @@
+"""The connector's half in the scheduler process: dispatches vLLM's hooks to the prefill and decode sides."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import vllm
+import zmq
+
+from lmkv import wire
+from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import Outbox, split_address
+from lmkv.errors import ConfigError
+from lmkv.ids import EngineName, make_incarnation
+from lmkv.obs.ledger import LedgerBook
+
+from .decode import DecodeSide
+from .endpoint import EngineEndpoint
+from .fingerprint import must_match
+from .metadata import HandshakeMeta, StepMeta, WorkerMeta
+from .params import request_params
+from .prefill import PrefillSide
+
+logger = logging.getLogger(__name__)
+
+ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
+
+
+class SchedulerSide:
+    """Engine thread only, but for the endpoint's own thread."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+        parallel = vllm_config.parallel_config
+        if parallel.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported by lmkv",
+                hint="use tensor parallelism",
+            )
+        self._settings = settings
+        self._kv_cache_config = kv_cache_config
+        self._role = ROLES[vllm_config.kv_transfer_config.kv_role]
+        self._incarnation = make_incarnation(os.urandom(8))
+        self._must = must_match(vllm_config, vllm.__version__)
+        self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
+        self._meta = StepMeta()
+        self.book = LedgerBook()
+        self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book)
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._outbox = Outbox(self._context)
+        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book)
+        self._decode = DecodeSide(
+            settings,
+            self._incarnation,
+            self._block_tokens,
+            kv_cache_config.select_transfer_block_ids,
+            self._endpoint,
+            self._outbox,
+            self.book,
+            parallel.tensor_parallel_size,
+        )
+        self._sides: dict[str, PrefillSide | DecodeSide] = {}
+
+    def _listen_of(self, parallel: Any) -> str:
+        """Each data-parallel engine listens on its own port."""
+        host, port = split_address(self._settings.listen)
+        return f"tcp://{host}:{port + parallel.data_parallel_rank if port else 0}"
+
+    def start(self, workers: dict[int, HandshakeMeta]) -> None:
+        """All workers have registered their caches: the engine can be described, and peers may come."""
+        ordered = [workers[rank] for rank in sorted(workers)]
+        layouts = [meta.layout for meta in ordered]
+        if any(layout != layouts[0] for layout in layouts):
+            raise ConfigError(f"ranks of this engine differ in their KV layout: {layouts}", hint="report this")
+        host, port = split_address(self._endpoint.address)
+        name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
+        layout = layouts[0] | {
+            "block_tokens": ",".join(map(str, self._block_tokens)),
+            "kv_layout": str(self._kv_cache_config.kv_cache_layout),
+            "tp": str(len(ordered)),
+        }
+        card = wire.EngineCard(
+            EngineName(name),
+            self._incarnation,
+            self._endpoint.address,
+            self._role,
+            self._must,
+            layout,
+            self._block_tokens,
+            tuple(meta.card for meta in ordered),
+        )
+        self._endpoint.start(card, self._settings.peers)
+        logger.info("engine %r (%s, incarnation %s) listens on %s", name, self._role, self._incarnation, card.address)
+
+    # --- vLLM's hooks ---
+
+    def bind_block_pool(self, pool: Any) -> None:
+        self._decode.bind_block_pool(pool)
+
+    def new_request(self, request: Any) -> None:
+        params = request_params(request.kv_transfer_params)
+        if params is None:
+            return
+        if self._role not in (params.role, "both"):
+            logger.warning("request %s asks a %s engine for role %r", request.request_id, self._role, params.role)
+            return
+        side = self._prefill if params.role == "prefill" else self._decode
+        self._sides[request.request_id] = side
+        side.new_request(request, params)
+        if side is self._prefill:
+            self._endpoint.pair(params.peer_address)
+
+    def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        if self._sides.get(request.request_id) is self._decode:
+            return self._decode.matched_tokens(request, computed_tokens)
+        return 0, False
+
+    def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        if self._sides.get(request.request_id) is self._decode:
+            self._decode.allocated(request, blocks, external_tokens)
+
+    def build_meta(self, output: Any) -> StepMeta:
+        self._prefill.fill(self._meta, output)
+        self._decode.fill(self._meta)
+        meta, self._meta = self._meta, StepMeta()
+        return meta
+
+    def take_output(self, output: Any) -> None:
+        meta = output.kv_connector_worker_meta
+        if not isinstance(meta, WorkerMeta):
+            return
+        for ledger in meta.ledgers:
+            self.book.add_rank(ledger.pop("transfer_id"), ledger)
+        for report in meta.reports:
+            self._decode.reported(report)
+
+    def finished(self, request: Any) -> bool:
+        """True: vLLM keeps the blocks until finished_sending."""
+        side = self._sides.pop(request.request_id, None)
+        if side is self._prefill:
+            return self._prefill.finished(request, self._meta)
+        if side is self._decode:
+            self._decode.finished(request)
+        return False
+
+    @property
+    def has_news(self) -> bool:
+        return self._prefill.has_news or self._decode.has_news or bool(self._meta.withdrawals)
+
+    @property
+    def has_pending_frees(self) -> bool:
+        return self._decode.has_pending_frees
+
+    def close(self) -> None:
+        self._endpoint.close()
+        self._outbox.close()
+        self._context.term()

@@ -1,0 +1,200 @@
+"""The connector's half in a worker process: vLLM's layer hooks, turned into commands for the worker loop.
+
+Everything here runs on the engine thread and does next to nothing: a hook costs a dictionary look-up and, once a group
+of layers is worth a write, one append and one wake-up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import split_address
+from lmkv.ids import Rank, RequestId
+from lmkv.transport import MemoryKind, open_transport
+
+from . import memory
+from .commands import (
+    Abandoned,
+    Expected,
+    Fence,
+    LayersDone,
+    Offered,
+    Preempted,
+    Ready,
+    Results,
+    StepDone,
+    Withdrawn,
+)
+from .metadata import HandshakeMeta, Push, StepMeta, WorkerMeta
+from .writer import WorkerLoop
+
+logger = logging.getLogger(__name__)
+
+_PREEMPTION_FENCE_S = 5.0
+
+
+class _Step:
+    """The layers of one step that has something to push, group by group."""
+
+    def __init__(
+        self, pushes: tuple[Push, ...], sizes: tuple[int, ...], layers: tuple[int, ...], post_bytes: int
+    ) -> None:
+        self.pushes = pushes
+        self.layers = layers
+        self.done = [0] * len(sizes)
+        self.told = [0] * len(sizes)
+        blocks = [sum(len(r.ids) for p in pushes for r in p.computed if r.group == g) for g in range(len(sizes))]
+        self.stride = [max(1, -(-post_bytes // max(1, n * size))) for n, size in zip(blocks, sizes, strict=True)]
+
+
+class WorkerSide:
+    """Created before the caches exist; `register` opens the data plane and starts the loop."""
+
+    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings, rank: Rank) -> None:
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._settings = settings
+        self._rank = rank
+        self._loop: WorkerLoop | None = None
+        self._memory: memory.KvMemory | None = None
+        self._layer: dict[str, tuple[int, int]] = {}
+        self._sizes: tuple[int, ...] = ()
+        self._step: _Step | None = None
+        self._reportable: set[RequestId] = set()
+        self._ended: set[RequestId] = set()
+        self._sent: set[RequestId] = set()
+        self._news = Results()
+        self._fence: Callable[[], Fence | None] = lambda: None
+
+    # --- life ---
+
+    def register(self, kv_caches: dict[str, torch.Tensor], interior: str) -> None:
+        found = memory.describe(kv_caches, self._kv_cache_config, interior)
+        self._memory = found
+        for group, names in enumerate(found.layer_names):
+            for index, name in enumerate(names):
+                self._layer[name] = (group, index)
+        self._sizes = found.map().layer_block_bytes()
+        if found.kind is MemoryKind.VRAM:
+            self._fence = _record_cuda_event
+        host, _ = split_address(self._settings.listen)
+        port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
+        transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
+        self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}")
+        self._loop.start()
+
+    def handshake(self) -> HandshakeMeta:
+        assert self._loop is not None and self._memory is not None
+        found = self._memory
+        card = found.card(self._rank, self._loop.address, self._settings.transport.split(":")[0], self._loop.export)
+        return HandshakeMeta(card, found.layout)
+
+    def close(self) -> None:
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    # --- a step's hooks, in vLLM's order ---
+
+    def before_forward(self, meta: StepMeta) -> None:
+        """Blocks of preempted requests may be overwritten by this step: stop reading them first."""
+        if meta.preempted and self._loop is not None:
+            command = Preempted(tuple(meta.preempted))
+            self._loop.submit(command)
+            if not command.drained.wait(_PREEMPTION_FENCE_S):
+                logger.error("writes of preempted transfers %s are still in flight; they will fail", meta.preempted)
+
+    def bind(self, meta: StepMeta) -> None:
+        loop = self._loop
+        if loop is None:
+            return
+        if meta.offers:
+            self._reportable |= {offer.request_id for offer in meta.offers if offer.report}
+            loop.submit(Offered(tuple(meta.offers)))
+        if meta.expects:
+            loop.submit(Expected(tuple(meta.expects)))
+        if meta.abandons:
+            loop.submit(Abandoned(tuple(meta.abandons)))
+        if meta.withdrawals:
+            loop.submit(Withdrawn(tuple(meta.withdrawals)))
+        self._step = None
+        if meta.pushes:
+            pushes = tuple(meta.pushes)
+            if any(push.cached for push in pushes):
+                loop.submit(Ready(pushes, time.monotonic()))
+            assert self._memory is not None
+            layers = tuple(len(names) for names in self._memory.layer_names)
+            self._step = _Step(pushes, self._sizes, layers, self._settings.min_post_bytes)
+
+    def layer_done(self, layer_name: str) -> None:
+        step = self._step
+        if step is None:
+            return
+        place = self._layer.get(layer_name)
+        if place is None:
+            return
+        group, index = place
+        if index != step.done[group]:
+            return  # out of order: wait_for_save sweeps it
+        step.done[group] = index + 1
+        if index + 1 - step.told[group] >= step.stride[group] or index + 1 == step.layers[group]:
+            self._tell(step, group, index + 1)
+
+    def sweep(self) -> None:
+        """End of the step: layers whose hook did not fire are complete as well."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        for group, count in enumerate(step.layers):
+            if step.told[group] < count:
+                self._tell(step, group, count)
+
+    def _tell(self, step: _Step, group: int, hi: int) -> None:
+        assert self._loop is not None
+        lo, step.told[group] = step.told[group], hi
+        self._loop.submit(LayersDone(step.pushes, group, lo, hi, self._fence(), time.monotonic()))
+        if tuple(step.told) == step.layers:
+            # Not at the end of the step: what follows the last cache (MLP, logits, sampling) need not be waited for.
+            self._loop.submit(StepDone(step.pushes))
+
+    # --- results ---
+
+    def results(self, finished_req_ids: set[str]) -> tuple[set[str], set[str], set[str]]:
+        """(finished_sending, finished_recving, failed_recving). A request is reported as sent only after vLLM has
+        finished it, exactly once."""
+        loop = self._loop
+        if loop is None:
+            return set(), set(), set()
+        taken = loop.take()
+        self._ended |= {RequestId(r) for r in finished_req_ids} & self._reportable
+        self._sent |= set(taken.sent) & self._reportable
+        self._news.reports += taken.reports
+        self._news.ledgers += taken.ledgers
+        sent = self._sent & self._ended
+        self._sent -= sent
+        self._ended -= sent
+        self._reportable -= sent
+        received = {r.request_id for r in taken.reports if r.outcome != "drained"}
+        failed = {r.request_id for r in taken.reports if r.outcome == "failed"}
+        return set(sent), set(received), set(failed)
+
+    def worker_meta(self) -> WorkerMeta | None:
+        """Reports and ledgers collected by `results` in this step."""
+        news, self._news = self._news, Results()
+        if not news.reports and not news.ledgers:
+            return None
+        return WorkerMeta(news.reports, news.ledgers)
+
+
+def _record_cuda_event() -> Fence:
+    event = torch.cuda.Event()
+    event.record()
+    fence: Fence = event
+    return fence

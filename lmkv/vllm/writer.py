@@ -1,0 +1,252 @@
+"""The worker loop: one thread a rank that owns the data plane, the mailbox and both machines.
+
+It turns commands of the engine thread, letters of peers and events of the transport into events of the machines, and
+performs the actions they return. Nobody else touches what it owns.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future
+
+import zmq
+
+from lmkv import wire
+from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import Inbox, Outbox
+from lmkv.control.wake import Wake
+from lmkv.errors import LmkvError, WireError
+from lmkv.ids import Rank
+from lmkv.transfer import events as ev
+from lmkv.transport import Completion, Notification, PeerId, PeerLost, Transport
+
+from .commands import (
+    Abandoned,
+    Command,
+    Expected,
+    LayersDone,
+    Offered,
+    Preempted,
+    Ready,
+    Results,
+    StepDone,
+    Withdrawn,
+)
+from .memory import KvMemory
+from .peers import Peers
+from .receiving import Receiving
+from .sending import Sending
+
+logger = logging.getLogger(__name__)
+
+BUSY_S = 0.001
+IDLE_S = 0.05
+"""A data plane without descriptors is polled this often: while something is expected, and otherwise."""
+
+
+class WorkerLoop:
+    """`start` returns once memory is registered; `export` and `address` are valid from then on."""
+
+    def __init__(
+        self, settings: ConnectorSettings, rank: Rank, transport: Transport, memory: KvMemory, listen: str
+    ) -> None:
+        self._transport = transport
+        self._memory = memory
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._inbox = Inbox(self._context, listen, settings.advertise)
+        self._outbox = Outbox(self._context, watch=True)
+        self._wake = Wake()
+        self._commands: deque[Command] = deque()
+        self._results = Results()
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._fences: list[Preempted] = []
+        self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
+        self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
+        self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox)
+        self._thread = threading.Thread(target=self._run, name=f"lmkv-writer-{rank}", daemon=True)
+        self._started: Future[bytes] = Future()
+
+    # --- engine thread ---
+
+    @property
+    def address(self) -> str:
+        return self._inbox.address
+
+    @property
+    def export(self) -> bytes:
+        return self._started.result(timeout=0)
+
+    def start(self) -> None:
+        """Raises what went wrong in registering (TransportError)."""
+        self._thread.start()
+        self._started.result(timeout=120)
+
+    def submit(self, command: Command) -> None:
+        self._commands.append(command)
+        self._wake.set()
+
+    def take(self) -> Results:
+        """What has ended since the last call."""
+        with self._lock:
+            results, self._results = self._results, Results()
+        return results
+
+    def close(self) -> None:
+        """Stop, whatever is in flight; the process is about to end."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join(timeout=10)
+
+    # --- loop thread ---
+
+    def _run(self) -> None:
+        try:
+            for region in self._memory.regions:
+                self._transport.register(region)
+            self._started.set_result(self._transport.export())
+        except LmkvError as error:
+            self._started.set_exception(error)
+            self._end()
+            return
+        try:
+            self._loop()
+        except Exception:
+            # A bug of ours: the loop ends, peers see silence, requests end by their deadlines on the other side.
+            logger.exception("the worker loop has failed; this rank moves no KV any more")
+            raise
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        self._transport.abort()
+        self._outbox.close()
+        self._inbox.close()
+        self._context.term()
+
+    def _loop(self) -> None:
+        poller = select.poll()
+        descriptors = self._transport.fds()
+        for descriptor in (self._inbox.socket.fileno(), self._wake.fd, *descriptors):
+            poller.register(descriptor, select.POLLIN)
+        while not self._stopping.is_set():
+            poller.poll(self._timeout_s(bool(descriptors)) * 1000)
+            self._wake.clear()
+            now_s = time.monotonic()
+            self._take_letters(now_s)
+            self._take_commands(now_s)
+            self._take_events(now_s)
+            self._peers.tick(now_s)
+            self._sending.tick(now_s)
+            self._receiving.tick(now_s)
+            self._publish()
+
+    def _timeout_s(self, has_descriptors: bool) -> float:
+        if self._commands and not self._blocked():
+            return 0.0
+        now_s = time.monotonic()
+        waiting = self._transport.in_flight > 0 or self._receiving.active or self._peers.warming
+        most = 1.0 if has_descriptors else BUSY_S if waiting else IDLE_S
+        if self._commands:
+            most = min(most, BUSY_S)
+        deadlines = [d - now_s for d in (self._sending.deadline_s(), self._receiving.deadline_s()) if d is not None]
+        return max(0.0, min([most, self._peers.next_s(now_s), *deadlines]))
+
+    def _blocked(self) -> bool:
+        """The next command waits for the device."""
+        head = self._commands[0]
+        return isinstance(head, LayersDone) and head.fence is not None and not head.fence.query()
+
+    def _take_commands(self, now_s: float) -> None:
+        while self._commands and not self._blocked():
+            command = self._commands.popleft()
+            match command:
+                case LayersDone():
+                    self._sending.layers_done(command, now_s)
+                case Ready():
+                    self._sending.ready(command, now_s)
+                case StepDone():
+                    self._sending.step_done(command, now_s)
+                case Offered():
+                    self._sending.offered(command.offers, now_s)
+                case Withdrawn():
+                    self._sending.withdrawn(command.withdrawals, now_s)
+                case Expected():
+                    self._receiving.expected(command.expects, now_s)
+                case Abandoned():
+                    self._receiving.abandoned(command.transfer_ids, now_s)
+                case Preempted():
+                    self._sending.preempted(command.transfer_ids, now_s)
+                    self._fences.append(command)
+
+    def _take_letters(self, now_s: float) -> None:
+        for letter in self._inbox.receive():
+            message = letter.message
+            match message:
+                case wire.Beat():
+                    peer = self._peers.heard(message, now_s)
+                    if peer is not None:
+                        self._sending.handle(ev.Heard(peer), now_s)
+                        self._receiving.handle(ev.Heard(peer), now_s)
+                case wire.Grant():
+                    self._sending.grant_came(message, now_s)
+                case wire.NotNeeded():
+                    self._sending.handle(ev.NotNeededCame(message.transfer_id, message.reason), now_s)
+                case wire.Cancel():
+                    self._sending.cancel_came(message, now_s)
+                case wire.Cancelled() | wire.Failed():
+                    self._receiving.answer_came(message, now_s)
+                case wire.Introduce():
+                    self._peers.introduce(message, now_s)
+                case wire.Dismiss():
+                    self._peers.dismiss(message.incarnation, message.dead)
+                case _:
+                    logger.warning("a worker does not take %s", type(message).__name__)
+
+    def _take_events(self, now_s: float) -> None:
+        for event in self._transport.poll():
+            match event:
+                case Completion(op, error):
+                    self._transport.release(op)
+                    if not self._peers.completed(op, error, now_s):
+                        self._sending.completed(op, error, now_s)
+                case Notification(transport_id, payload):
+                    self._take_note(transport_id, payload, now_s)
+                case PeerLost(transport_id, reason):
+                    self._peers.transport_lost(transport_id, reason)
+
+    def _take_note(self, transport_id: PeerId, payload: bytes, now_s: float) -> None:
+        peer = self._peers.peer_of(transport_id)
+        try:
+            note = wire.decode_note(payload)
+        except WireError as error:
+            logger.warning("note of %s dropped: %s", transport_id, error)
+            return
+        if isinstance(note, wire.WarmNote):
+            return
+        if peer is None:
+            logger.warning("note of unknown peer %s dropped", transport_id)
+            return
+        self._receiving.note_came(peer, note, now_s)
+
+    def _peer_gone(self, peer: ev.Peer, dead: bool) -> None:
+        now_s = time.monotonic()
+        self._sending.handle(ev.PeerGone(peer, dead), now_s)
+        self._receiving.handle(ev.PeerGone(peer, dead), now_s)
+
+    def _publish(self) -> None:
+        for fence in self._fences:
+            if all(self._sending.in_flight(tid) == 0 for tid in fence.transfer_ids):
+                fence.drained.set()
+        self._fences = [fence for fence in self._fences if not fence.drained.is_set()]
+        sent, sent_ledgers = self._sending.take()
+        reports, received_ledgers = self._receiving.take()
+        if sent or reports or sent_ledgers or received_ledgers:
+            with self._lock:
+                self._results.sent += sent
+                self._results.reports += reports
+                self._results.ledgers += sent_ledgers + received_ledgers
