@@ -183,7 +183,6 @@ def _libraries() -> tuple[Any, Any]:
     try:
         import torch
         import transformers
-        from transformers.utils import logging
 
         _ = transformers.GgufConfig
     except (ImportError, AttributeError) as error:
@@ -191,7 +190,6 @@ def _libraries() -> tuple[Any, Any]:
             f"a library is missing or too old: {error} · in {sys.executable} · "
             "run `make setup`, then this with .venv/bin/python"
         ) from None
-    logging.disable_progress_bar()
     return torch, transformers
 
 
