@@ -1,0 +1,34 @@
+.DEFAULT_GOAL := help
+.PHONY: help setup models demo test test-fast check bench-handover clean
+
+VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
+BIN := $(VENV)/bin
+export LMKV_VENV := $(VENV)
+
+help: ## what there is
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|'
+
+setup: ## make .venv (LMKV_SETUP=gpu for CUDA); a second run takes no time
+	@scripts/setup.sh
+
+models: setup ## the models of the demo and the tests
+	@$(BIN)/python scripts/fetch_model.py all
+
+demo: ## two engines and the router answer one prompt; the ledger tells how
+	@scripts/demo.sh $(ARGS)
+
+test: models ## all tests; those marked e2e start engines
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: setup ## the tests that start no engine
+	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+
+check: setup ## linters, types, import floors, spelling
+	@scripts/check.sh
+
+bench-handover: models ## what a handover costs, beside vLLM's own connector
+	$(BIN)/python scripts/bench_handover.py $(ARGS)
+
+clean: ## remove caches, logs and models; .venv stays
+	rm -rf .run models build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
