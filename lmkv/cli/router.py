@@ -43,7 +43,7 @@ def router(
 
     Every option can also be set as LMKV_ROUTER_NAME in the environment; lists are then separated by commas.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
+    given = {name: value for name, value in locals().items() if value not in (None, [])}
     del given["log_level"], given["as_json"]
     run(given, log_level, as_json)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import aiohttp
@@ -38,10 +39,9 @@ class Router:
         self.metrics = RouterMetrics()
         self.ledger = Ledger(settings.ledger_requests)
         self.draining = False
-        self.in_flight = 0
-        self.idle = asyncio.Event()
-        """Set while nothing is in flight."""
-        self.idle.set()
+        self.in_flight: set[asyncio.Task[object]] = set()
+        """The tasks that serve generation requests now."""
+        self._idle: asyncio.Event | None = None
         self._turn = 0
         self._prefill_policy = PREFILL_POLICIES[settings.prefill_policy or settings.policy]
         self._decode_policy = DECODE_POLICIES[settings.decode_policy or settings.policy]
@@ -88,14 +88,36 @@ class Router:
     def new_transfer_id(self) -> TransferId:
         return make_transfer_id(time.time_ns() // 1_000_000, os.urandom(10))
 
-    def entered(self, change: int) -> None:
-        """A request came (+1) or went (-1)."""
-        self.in_flight += change
-        self.metrics.in_flight.set(self.in_flight)
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """Counts the running task as a request in flight."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.in_flight.add(task)
+        self.metrics.in_flight.set(len(self.in_flight))
+        try:
+            yield
+        finally:
+            self.in_flight.discard(task)
+            self.metrics.in_flight.set(len(self.in_flight))
+            if not self.in_flight and self._idle is not None:
+                self._idle.set()
+
+    async def drain(self, drain_s: float, cut_s: float) -> None:
+        """Requests in flight finish; after `drain_s` they are cut off, which takes `cut_s` at most."""
+        self.draining = True
+        self._idle = asyncio.Event()
         if self.in_flight:
-            self.idle.clear()
-        else:
-            self.idle.set()
+            logger.info("stopping: %d requests in flight get %g s", len(self.in_flight), drain_s)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_s):
+                    await self._idle.wait()
+        left = set(self.in_flight)
+        if left:
+            logger.warning("%d requests are cut off", len(left))
+            for task in left:
+                task.cancel()
+            await asyncio.wait(left, timeout=cut_s)
 
     def down(self, engines: list[Engine]) -> list[Engine]:
         return [engine for engine in engines if not engine.healthy]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -14,6 +15,8 @@ from lmkv.ids import EngineName, Incarnation
 from .bodies import Side
 from .policy import Candidate
 from .settings import RouterSettings
+
+logger = logging.getLogger(__name__)
 
 CONTROL_PORT_OFFSET = 10000
 """An engine listens for control messages at its HTTP port plus this, unless told otherwise."""
@@ -53,6 +56,8 @@ class Engine:
 
     def mark_down(self, trouble: str) -> None:
         """A connection failed: nothing is sent here until a poll says otherwise, and that poll is due now."""
+        if self.healthy:
+            logger.warning("%s engine %s is marked down: %s", self.spec.side, self.name, trouble)
         self.healthy = False
         self.trouble = trouble
         self.look.set()

@@ -48,22 +48,21 @@ class Exchange:
 
     async def run(self) -> web.StreamResponse:
         router = self._router
-        router.entered(1)
         entry = router.ledger.open(self._request_id, self._request.path, self._request.content_length or 0)
-        try:
-            reply = await self._answer(entry)
-            entry.status = reply.status
-            return reply
-        except ClientError as error:
-            entry.status, entry.outcome = error.status, str(error)
-            return error_response(error, {REQUEST_ID: self._request_id})
-        except asyncio.CancelledError:
-            self._note_abort(entry)
-            raise
-        finally:
-            entry.finished_ms = entry.now_ms()
-            router.metrics.requests.labels(self._kind, entry.mode, str(entry.status or "aborted")).inc()
-            router.entered(-1)
+        with router.serving():
+            try:
+                reply = await self._answer(entry)
+                entry.status = reply.status
+                return reply
+            except ClientError as error:
+                entry.status, entry.outcome = error.status, str(error)
+                return error_response(error, {REQUEST_ID: self._request_id})
+            except asyncio.CancelledError:
+                self._note_abort(entry)
+                raise
+            finally:
+                entry.finished_ms = entry.now_ms()
+                router.metrics.requests.labels(self._kind, entry.mode, str(entry.status or "none")).inc()
 
     async def _answer(self, entry: RequestEntry) -> web.StreamResponse:
         settings = self._router.settings

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 from collections.abc import Callable
@@ -43,7 +42,7 @@ async def _serve(settings: RouterSettings, announce: Callable[[str], None]) -> N
         site = await _listen(runner, settings)
         announce(_url(runner))
         await stop.wait()
-        await _drain(router, site, settings.drain_s)
+        await _drain(router, runner, site, settings.drain_s)
     finally:
         await runner.cleanup()
 
@@ -66,13 +65,9 @@ def _url(runner: web.AppRunner) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _drain(router: Router, site: web.TCPSite, drain_s: float) -> None:
-    """No new connections; requests in flight finish, or are cut off when the time is over."""
-    router.draining = True
+async def _drain(router: Router, runner: web.AppRunner, site: web.TCPSite, drain_s: float) -> None:
+    """No new connections, and no further request on those there are; then wait for what is in flight."""
     await site.stop()
-    logger.info("stopping: %d requests in flight get %g s", router.in_flight, drain_s)
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(drain_s):
-            await router.idle.wait()
-    if router.in_flight:
-        logger.warning("%d requests are cut off", router.in_flight)
+    if runner.server is not None:
+        runner.server.pre_shutdown()
+    await router.drain(drain_s, _CUT_S)

@@ -27,6 +27,9 @@ class StreamError(msgspec.Struct, frozen=True):
     code: int = 500
 
 
+_NULL = msgspec.Raw(b"null")
+
+
 class _Choice(msgspec.Struct):
     delta: dict[str, msgspec.Raw] | None = None
     finish_reason: str | None = None
@@ -34,7 +37,7 @@ class _Choice(msgspec.Struct):
 
 class _Event(msgspec.Struct):
     choices: list[_Choice] = []
-    error: msgspec.Raw | None = None
+    error: msgspec.Raw = _NULL
 
 
 _event_decoder = msgspec.json.Decoder(_Event)
@@ -49,6 +52,7 @@ class Gate:
         self.held = bytearray()
         self.error: StreamError | None = None
         self._read_bytes = 0
+        self._searched_bytes = 0
         self._echoes = echoes
 
     def feed(self, chunk: bytes) -> Verdict:
@@ -61,12 +65,10 @@ class Gate:
 
     def _next_event(self) -> bytes | None:
         """The next complete event, without the blank line that ends it."""
-        ends = [
-            (at, at + len(mark))
-            for mark in (b"\n\n", b"\r\n\r\n")
-            if (at := self.held.find(mark, self._read_bytes)) >= 0
-        ]
+        start = max(self._read_bytes, self._searched_bytes)
+        ends = [(at, at + len(mark)) for mark in (b"\n\n", b"\r\n\r\n") if (at := self.held.find(mark, start)) >= 0]
         if not ends:
+            self._searched_bytes = max(0, len(self.held) - 3)  # a mark may be cut by the end of a chunk
             return None
         start, (end, self._read_bytes) = self._read_bytes, min(ends)
         return bytes(self.held[start:end])
@@ -81,7 +83,7 @@ class Gate:
             parsed = _event_decoder.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
             return Verdict.GO
-        if parsed.error is not None:
+        if bytes(parsed.error) != b"null":
             self.error = _read_error(parsed.error)
             return Verdict.ERROR
         if any(choice.finish_reason == "error" for choice in parsed.choices):

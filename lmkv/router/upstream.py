@@ -7,6 +7,7 @@ to the client. Leaving the context closes what is still open of both requests, a
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from dataclasses import dataclass
 from types import TracebackType
@@ -25,6 +26,8 @@ from .sse import Gate, Verdict
 logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 300
+_ONE_WRITE_BYTES = 256 << 10
+"""Larger bodies are handed to the socket in pieces, so that other streams go on meanwhile."""
 
 
 class AttemptFailedError(RouterError):
@@ -173,7 +176,7 @@ class Attempt:
     async def _post(self, upstream: Upstream, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
         return await self._session.post(
             upstream.engine.spec.url + upstream.path,
-            data=upstream.body,
+            data=io.BytesIO(upstream.body) if len(upstream.body) > _ONE_WRITE_BYTES else upstream.body,
             headers=upstream.headers,
             timeout=timeout,
             allow_redirects=False,

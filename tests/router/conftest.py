@@ -78,7 +78,7 @@ class Builder:
             await runner.cleanup()
             for engine in system.engines:
                 await engine.close()
-            assert system.router.in_flight == 0
+            assert not system.router.in_flight
             assert all(e.requests == 0 and e.prompt_bytes == 0 for e in system.router.engines.all)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 from aiohttp import web
+from multidict import CIMultiDictProxy
 
 from lmkv import wire
 from lmkv.ids import EngineName, Incarnation
@@ -25,7 +26,7 @@ class Seen:
     """One request as the engine saw it. `done` is set when its handler has ended, however it ended."""
 
     path: str
-    headers: dict[str, str]
+    headers: CIMultiDictProxy[str]
     raw: bytes
     arrived_s: float
     aborted: bool = False
@@ -147,6 +148,17 @@ async def like_vllm(request: web.Request, seen: Seen) -> web.StreamResponse:
     return web.json_response({"id": "1", "choices": [{"index": 0, **message, "finish_reason": "stop"}]})
 
 
+def after_arrival_at(others: list[FakeEngine], behaviour: Behaviour) -> Behaviour:
+    """Behaves once the same transfer has arrived at one of `others`: a failure must not come before that."""
+
+    async def behave(request: web.Request, seen: Seen) -> web.StreamResponse:
+        mine = seen.lmkv["transfer_id"]
+        await until(lambda: any(mine == other.lmkv["transfer_id"] for e in others for other in e.seen), "arrival")
+        return await behaviour(request, seen)
+
+    return behave
+
+
 class FakeControl:
     """An engine's control endpoint. `refusal` and `peers` are the test's to set; `silent` swallows questions."""
 
@@ -242,7 +254,7 @@ class FakeEngine:
         await self.control.close()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        seen = Seen(request.path, dict(request.headers), await request.read(), time.monotonic())
+        seen = Seen(request.path, request.headers, await request.read(), time.monotonic())
         self.seen.append(seen)
         self.arrival.set()
         behaviour = self.script.pop(0) if self.script else self.behaviour
