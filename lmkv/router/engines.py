@@ -88,7 +88,8 @@ def parse_engine(side: Side, text: str) -> EngineSpec:
         port = parts.port
     except ValueError:
         port = None
-    if parts.scheme not in ("http", "https") or not parts.hostname or port is None or parts.path not in ("", "/"):
+    bare = parts.path in ("", "/") and not parts.query and not parts.fragment and "@" not in parts.netloc
+    if parts.scheme not in ("http", "https") or not parts.hostname or port is None or not bare:
         raise ConfigError(
             f"{text!r} is not the address of a {side} engine",
             hint="write it as http://HOST:PORT, or http://HOST:PORT=tcp://HOST:PORT with its control address",

@@ -89,22 +89,27 @@ class Attempt:
             self._count(self._prefill.engine, 1)
             self._prefill.engine.prompt_bytes += self._request.body_bytes
             self._prefill_task = asyncio.create_task(self._run_prefill(self._prefill), name="prefill request")
+            self._prefill_task.add_done_callback(self._prefill_done)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """The client may go away even now: nothing after the first await must matter to anybody else."""
+        self._count(self._decode.engine, -1)
         if self._response is not None:
             self._response.close()
-        self._count(self._decode.engine, -1)
-        if self._prefill is None or self._prefill_task is None:
-            return
-        self._prefill_task.cancel()
-        (result,) = await asyncio.gather(self._prefill_task, return_exceptions=True)
+        if self._prefill_task is not None:
+            self._prefill_task.cancel()
+            await asyncio.wait([self._prefill_task], timeout=self._connect_s)
+
+    def _prefill_done(self, task: asyncio.Task[None]) -> None:
+        """However it ended, even before it began. The load ends here, not with decode's last token."""
+        assert self._prefill is not None
         self._count(self._prefill.engine, -1)
         self._prefill.engine.prompt_bytes -= self._request.body_bytes
-        if isinstance(result, Exception):
-            logger.error("the prefill request of %s failed unexpectedly", self._request.request_id, exc_info=result)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("the prefill request of %s failed unexpectedly", self._request.request_id, exc_info=error)
 
     async def open(self, *, stream: bool, echoes: int = 0) -> Opened:
         """Raises AttemptFailedError. A 4xx is an answer, not a failure: another engine would say the same."""

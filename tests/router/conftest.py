@@ -75,10 +75,10 @@ class Builder:
     async def close(self) -> None:
         for system, runner in self.systems:
             await system.client.close()
+            await until(lambda router=system.router: not router.in_flight, "nothing in flight")
             await runner.cleanup()
             for engine in system.engines:
                 await engine.close()
-            assert not system.router.in_flight
             assert all(e.requests == 0 and e.prompt_bytes == 0 for e in system.router.engines.all)
 
 

@@ -192,6 +192,29 @@ async def test_load_spreads_and_is_given_back(build: Build) -> None:
     assert [len(e.seen) for e in s.engines] == [4, 4, 4, 4]
 
 
+async def test_a_prompt_weighs_on_prefill_until_it_is_computed(build: Build) -> None:
+    s = await build()
+    prefill, decode = s.router.engines.all
+    go_on = asyncio.Event()
+
+    async def when_told(request: web.Request, seen: Seen) -> web.StreamResponse:
+        await go_on.wait()
+        return await like_vllm(request, seen)
+
+    s.prefill[0].behaviour = when_told
+    s.decode[0].behaviour = hang
+    asking = asyncio.create_task(s.chat(stream=True))
+    await until(lambda: s.prefill[0].seen, "prefill asked")
+    assert (prefill.requests, decode.requests) == (1, 1)
+    assert prefill.prompt_bytes > 50 and decode.prompt_bytes == 0
+    go_on.set()
+    await until(lambda: prefill.requests == 0, "prefill done")
+    assert (prefill.prompt_bytes, decode.requests) == (0, 1)
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await until(lambda: decode.requests == 0, "decode given up")
+
+
 async def test_headers_pass_both_ways(build: Build) -> None:
     s = await build()
     s.decode[0].behaviour = after_arrival_at(s.prefill, like_vllm)
