@@ -133,7 +133,7 @@ class Early:
 
 @dataclass(slots=True)
 class WriterLife:
-    """One prefill rank, whatever it writes."""
+    """One prefill rank, whatever it writes. Death is remembered for ever: an incarnation dies once, and seldom."""
 
     lease_end_s: float = -inf
     dead: bool = False

@@ -48,7 +48,8 @@ class Lane:
 
 
 class Lanes:
-    """One lane a peer. It is forgotten when its peer has been silent so long that every transfer to it has ended."""
+    """One lane a peer. It is forgotten when its peer has been silent so long that every transfer to it has ended. Of
+    the dead it is remembered that they are (an incarnation dies once, and seldom)."""
 
     def __init__(self, limits: SenderLimits, timers: Timers[TransferId | Peer]) -> None:
         self._limits = limits
@@ -98,7 +99,7 @@ class Lanes:
             self._timers.arm(peer, self._idle_s(lane))
         elif lane.inflight_bytes or lane.queue:
             self._timers.arm(peer, now_s + self._limits.hold_s)
-        else:
+        elif not lane.dead:
             del self._lanes[peer]
 
     def _idle_s(self, lane: Lane) -> float:

@@ -212,3 +212,7 @@ class SenderCounters:
     """Events about nothing known: late, duplicate, or of another peer."""
     early_refused: int = 0
     """Grants and cancels that came before their Offer and found the buffer full: not answered, not remembered."""
+
+    def add_post(self, size: int) -> None:
+        self.posts += 1
+        self.posted_bytes += size

@@ -353,8 +353,11 @@ class Receiver:
             self._timers.arm(key, early.expires_s)
 
     def _drop_silent(self, peer: Peer, now_s: float) -> None:
-        """Forget a peer that has been silent for long and that no open grant names."""
-        idle_s = self._peers[peer].lease_end_s + self.limits.tombstone_s
+        """Forget a peer that has been silent for long and that no open grant names; the dead are remembered."""
+        life = self._peers[peer]
+        idle_s = life.lease_end_s + self.limits.tombstone_s
+        if life.dead:
+            return
         if idle_s > now_s:
             self._timers.arm(peer, idle_s)
         elif any(peer in g.writers for g in self._grants.values() if g.phase is not Phase.OVER):

@@ -163,39 +163,39 @@ class Sender:
         dropped = self._purge(transfer)
         transfer.computed = Coverage()
         transfer.prompt_done_s = None
-        if any(item.attempt for item in dropped):
-            self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
-            return
         for item in dropped:
             transfer.taken.remove(item.rect)
+        if any(item.attempt for item in dropped):
+            self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
 
     # --- the peer's events ---
 
     def _granted(self, event: Granted, now_s: float) -> None:
-        self._pump(self._lanes.renew(event.peer, now_s), now_s)
+        """Renews the lease too; what waited for it is posted after this grant has replaced an older one."""
+        lane = self._lanes.renew(event.peer, now_s)
         transfer = self._known(event.transfer_id, now_s)
         if transfer is None:
-            return
-        if transfer.phase >= Phase.ENDING:
+            pass
+        elif transfer.phase >= Phase.ENDING:
             self._refuse(transfer, event, now_s)
         elif transfer.grant is not None and transfer.grant.peer != event.peer:
             reason = "already granted to another"
             self._out.append(SendFailed(event.peer, event.transfer_id, event.epoch, reason, 0))
         elif transfer.grant is None or event.epoch > transfer.grant.epoch:
             self._serve(transfer, event, now_s)
+        self._pump(lane, now_s)
 
     def _serve(self, transfer: Outgoing, grant: Granted, now_s: float) -> None:
         """A first or newer grant: everything computed so far goes to it."""
         self._purge(transfer)
         transfer.begin_epoch(grant)
-        groups = len(self.limits.layers)
-        if len(grant.blocks) != groups:
-            reason = f"the grant names {len(grant.blocks)} groups, this rank has {groups}"
+        if len(grant.blocks) != len(self.limits.layers):
+            reason = f"the grant names {len(grant.blocks)} groups, this rank has {len(self.limits.layers)}"
             self._end(transfer, SendOutcome.FAILED, reason, now_s)
         elif self._lanes.of(grant.peer).dead:
             self._end(transfer, SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
         else:
-            self._pump(self._lanes.enqueue(transfer, grant, transfer.computed.rects()), now_s)
+            self._lanes.enqueue(transfer, grant, transfer.computed.rects())
             self._settle(transfer, now_s)
 
     def _refuse(self, transfer: Outgoing, event: Granted, now_s: float) -> None:
@@ -245,16 +245,12 @@ class Sender:
                 return
             item = lane.queue.popleft()
             transfer = self._transfers[item.transfer_id]
-            self._post(transfer, lane, item, size)
+            transfer.queued -= 1
+            lane.inflight_bytes += size
+            self.counters.add_post(size)
+            self._out.append(transfer.post(item.rect, size, item.attempt))
             if transfer.queued == 0:
                 self._settle(transfer, now_s)
-
-    def _post(self, transfer: Outgoing, lane: Lane, item: Queued, size: int) -> None:
-        transfer.queued -= 1
-        lane.inflight_bytes += size
-        self.counters.posts += 1
-        self.counters.posted_bytes += size
-        self._out.append(transfer.post(item.rect, size, item.attempt))
 
     def _write_done(self, event: WriteDone, now_s: float) -> None:
         transfer = self._transfers.get(event.transfer_id)
@@ -369,8 +365,7 @@ class Sender:
             case _:
                 self._purge(transfer)
                 stuck = "cancelled, but its writes do not end" if transfer.stuck_s <= now_s else "the peer is silent"
-                transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.PEER_LOST
-                transfer.reason = transfer.reason or stuck
+                transfer.outcome, transfer.reason = SendOutcome.PEER_LOST, transfer.reason or stuck
                 self._finish(transfer, now_s)
 
     # --- records ---
