@@ -1,6 +1,7 @@
 """Settings of an engine's connector; the only reader of `LMKV_*` for engines.
 
-Precedence: environment (`LMKV_LISTEN=…`) > `kv_connector_extra_config` (`{"listen": …}`) > default. Unknown names are errors.
+Precedence: environment (`LMKV_LISTEN=…`) > `kv_connector_extra_config` (`{"listen": …}`) > default. An unknown name is
+an error.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Two planes carry them: the **control plane** (ZeroMQ, `Control`) and **notes** o
 arrive with or after the bytes they speak of. `encode`/`decode_*` are the only way in and out; whatever cannot be read
 raises WireError and is dropped by the shell with a counter.
 
-Growth: new fields get defaults and go last; a field is never reused; a change that old peers cannot read raises PROTOCOL.
+Growth: new fields get defaults and go last; a field is never reused; what old peers cannot read raises PROTOCOL.
 """
 
 from __future__ import annotations

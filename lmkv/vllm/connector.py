@@ -50,7 +50,7 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
         compat.set_up_logging(settings.log_level)
         if transfer_config.kv_load_failure_policy != "recompute":
             raise ConfigError(
-                f"kv_load_failure_policy is {transfer_config.kv_load_failure_policy!r}: a lost KV would fail the request",
+                f"kv_load_failure_policy is {transfer_config.kv_load_failure_policy!r}: lost KV would fail its request",
                 hint='set "kv_load_failure_policy": "recompute" in --kv-transfer-config',
             )
         self._scheduler: SchedulerSide | None = None

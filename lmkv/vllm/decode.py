@@ -137,7 +137,7 @@ class DecodeSide:
     ) -> None:
         tid, epoch = transfer.params.transfer_id, Epoch(1)
         _, _, card = self._endpoint.pair(transfer.params.peer_address)
-        # The pair may be lost since matched_tokens said READY: then nobody is granted anything and the load fails at once.
+        # The pair may be lost since matched_tokens said READY: then nothing is granted and the load fails at once.
         incarnation = card.incarnation if card is not None else Incarnation("")
         now_s = time.monotonic()
         grant = wire.Grant(

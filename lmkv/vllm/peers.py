@@ -1,7 +1,7 @@
 """A worker's peers: connecting, warming, heartbeats, and the two ways of losing one.
 
-Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease, and *dead* only when the
-data plane has proved it (PeerLost); a broken control connection makes us probe with a write.
+Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease, and *dead* only when
+the data plane has proved it (PeerLost); a broken control connection makes us probe with a write.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class SchedulerSide:
         layouts = [meta.layout for meta in ordered]
         if any(layout != layouts[0] for layout in layouts):
             raise ConfigError(f"ranks of this engine differ in their KV layout: {layouts}", hint="report this")
-        host, port = split_address(self._endpoint.address)
+        _, port = split_address(self._endpoint.address)
         name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
         layout = layouts[0] | {
             "block_tokens": ",".join(map(str, self._block_tokens)),

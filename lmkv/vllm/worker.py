@@ -16,7 +16,7 @@ import torch
 
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import split_address
-from lmkv.ids import Rank, RequestId
+from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transport import MemoryKind, open_transport
 
 from . import memory
@@ -32,7 +32,7 @@ from .commands import (
     StepDone,
     Withdrawn,
 )
-from .metadata import HandshakeMeta, Push, StepMeta, WorkerMeta
+from .metadata import HandshakeMeta, Push, RankReport, StepMeta, WorkerMeta
 from .writer import WorkerLoop
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class WorkerSide:
         self._reportable: set[RequestId] = set()
         self._ended: set[RequestId] = set()
         self._sent: set[RequestId] = set()
+        self._awaited: dict[RequestId, TransferId] = {}
         self._news = Results()
         self._fence: Callable[[], Fence | None] = lambda: None
 
@@ -119,6 +120,7 @@ class WorkerSide:
             self._reportable |= {offer.request_id for offer in meta.offers if offer.report}
             loop.submit(Offered(tuple(meta.offers)))
         if meta.expects:
+            self._awaited |= {spec.request_id: spec.transfer_id for spec in meta.expects}
             loop.submit(Expected(tuple(meta.expects)))
         if meta.abandons:
             loop.submit(Abandoned(tuple(meta.abandons)))
@@ -173,6 +175,8 @@ class WorkerSide:
         if loop is None:
             return set(), set(), set()
         taken = loop.take()
+        if not loop.alive:
+            self._give_up(taken)
         self._ended |= {RequestId(r) for r in finished_req_ids} & self._reportable
         self._sent |= set(taken.sent) & self._reportable
         self._news.reports += taken.reports
@@ -182,8 +186,21 @@ class WorkerSide:
         self._ended -= sent
         self._reportable -= sent
         received = {r.request_id for r in taken.reports if r.outcome != "drained"}
+        for request_id in received:
+            self._awaited.pop(request_id, None)
         failed = {r.request_id for r in taken.reports if r.outcome == "failed"}
         return set(sent), set(received), set(failed)
+
+    def _give_up(self, taken: Results) -> None:
+        """The loop has died (a bug of ours, logged there): no request may wait for it.
+
+        Blocks that were granted stay in quarantine for good, since nobody can say that nothing lands in them.
+        """
+        taken.sent += self._reportable - self._sent
+        reported = {report.request_id for report in taken.reports}
+        for request_id, tid in self._awaited.items():
+            if request_id not in reported:
+                taken.reports.append(RankReport(tid, request_id, "failed", False, "the worker loop has died"))
 
     def worker_meta(self) -> WorkerMeta | None:
         """Reports and ledgers collected by `results` in this step."""

@@ -81,6 +81,10 @@ class WorkerLoop:
     def export(self) -> bytes:
         return self._started.result(timeout=0)
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
     def start(self) -> None:
         """Raises what went wrong in registering (TransportError)."""
         self._thread.start()
