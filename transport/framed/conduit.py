@@ -30,8 +30,9 @@ from .frames import (
 _BATCH_BUFFERS = 512
 """Below IOV_MAX (1024)."""
 
-_BATCH_BYTES = 2 << 20
-"""Offered to the channel at once; more than a socket takes in one call only costs the walk over the buffers."""
+_BATCH_BYTES = 256 << 10
+"""Offered to the channel at once. With more, the receiver begins later and the bytes have left the cache by then
+(measured over loopback: 2 MiB loses a fifth of the bandwidth); with less, the calls cost."""
 
 _STAGE_BYTES = 1 << 20
 """Frames are staged while fewer bytes wait."""
@@ -116,9 +117,12 @@ class Conduit(ABC):
                     if not self._accepts():
                         break
                     self._header_taken()
-                got = self.channel.receive(_front(self._want))
+                places, wanted = _front(self._want)
+                got = self.channel.receive(places)
                 if not got:
                     break
+                # Less than wanted is all there was: asking again would only confirm it.
+                drained = got < wanted
                 _drop(self._want, got)
                 used += got
                 while got:
@@ -130,6 +134,8 @@ class Conduit(ABC):
                         break
                     used += _FRAME_COST_BYTES
                     self._stage_done()
+                if drained:
+                    break
         except WireError as error:
             raise ChannelClosed(f"protocol violation: {error.message}") from error
         return used
@@ -203,19 +209,20 @@ class Conduit(ABC):
         used = 0
         self._stage_frames()
         while self._staged and used < budget_bytes:
-            taken = self.channel.send(_front(self._staged))
-            if not taken:
-                break
+            buffers, offered = _front(self._staged)
+            taken = self.channel.send(buffers)
             _drop(self._staged, taken)
             self._staged_bytes -= taken
             used += taken
             # Also after the last send of this budget: whether anything is staged tells whether anything is left.
             self._stage_frames()
+            if taken < offered:
+                break
         return used
 
 
-def _front(buffers: deque[memoryview]) -> list[memoryview]:
-    """The first buffers, up to what is worth offering at once."""
+def _front(buffers: deque[memoryview]) -> tuple[list[memoryview], int]:
+    """The first buffers, up to what is worth offering at once, and their bytes."""
     out: list[memoryview] = []
     size = 0
     for buffer in buffers:
@@ -223,7 +230,7 @@ def _front(buffers: deque[memoryview]) -> list[memoryview]:
         size += len(buffer)
         if size >= _BATCH_BYTES or len(out) == _BATCH_BUFFERS:
             break
-    return out
+    return out, size
 
 
 def _drop(buffers: deque[memoryview], count_bytes: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -61,7 +62,7 @@ class Operation:
         self.op = op
         self.note = note
         self.pieces = _cut(local, remote)
-        self._ends = np.cumsum(self.pieces[:, 2], dtype=np.uint64)
+        self._ends: list[int] = np.cumsum(self.pieces[:, 2], dtype=np.uint64).tolist()
         self.next = 0
         self.started = False
         """Something of it has been handed on; until then it can be withdrawn without a trace."""
@@ -82,9 +83,9 @@ class Operation:
     def take(self) -> NDArray[np.uint64]:
         """The pieces of the next frame."""
         begin = self.next
-        done = self._ends[begin - 1] if begin else np.uint64(0)
-        end = int(np.searchsorted(self._ends, done + np.uint64(FRAME_BYTES), side="right"))
-        self.next = min(end, begin + FRAME_ROWS)
+        done = self._ends[begin - 1] if begin else 0
+        limit = min(begin + FRAME_ROWS, len(self._ends))
+        self.next = bisect_right(self._ends, done + FRAME_BYTES, begin, limit)
         return self.pieces[begin : self.next]
 
 

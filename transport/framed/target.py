@@ -133,7 +133,7 @@ class Target(Conduit):
         rows = unpack_rows(body)
         views, missing = self._memory.views(rows)
         if missing is None:
-            head = pack_frame(Frame(Kind.DATA, op=frame.op, value=int(rows[:, 1].sum())))
+            head = pack_frame(Frame(Kind.DATA, op=frame.op, value=sum(map(len, views))))
             self._reads.append([memoryview(head), *views])
         else:
             # In the same queue as data: READs are answered in their order.
