@@ -142,8 +142,10 @@ class Outbox:
         """Close the connection to an address, if there is one."""
         socket = self._sockets.pop(address, None)
         if socket is not None:
-            if self._monitors.pop(address, None) is not None:
+            monitor = self._monitors.pop(address, None)
+            if monitor is not None:
                 socket.disable_monitor()
+                monitor.close(0)
             socket.close()
 
     def close(self) -> None:

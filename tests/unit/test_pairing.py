@@ -1,0 +1,143 @@
+"""Two pairing machines talking through lists."""
+
+from __future__ import annotations
+
+import pytest
+
+from lmkv import wire
+from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, ToWorkers
+from lmkv.errors import CompatError
+from lmkv.ids import EngineName, Incarnation, Rank
+
+A, B = "tcp://a:1", "tcp://b:1"
+
+
+def card(address: str, incarnation: str, ranks: int = 1, must: str = "m") -> wire.EngineCard:
+    workers = tuple(wire.WorkerCard(Rank(r), f"{address}{r}", "inproc", b"", "DRAM", (), 1, 1) for r in range(ranks))
+    name = EngineName(address[6])
+    return wire.EngineCard(name, Incarnation(incarnation), address, "both", {"model": must}, {}, (16,), workers)
+
+
+def same_model(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
+    if ours.must != theirs.must:
+        raise CompatError("model", ours.must["model"], theirs.must["model"], hint="serve one model")
+
+
+class Net:
+    """Delivers what the machines send; workers answer every Introduce at once unless `deaf`."""
+
+    def __init__(self, *machines: Pairing) -> None:
+        self.machines = {m.card.address: m for m in machines}
+        self.answers: list[wire.Control] = []
+        self.dismissed: list[Incarnation] = []
+        self.sent: list[wire.Control] = []
+        self.worker_error = ""
+        self.deaf = False
+
+    def do(self, machine: Pairing, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case ToEngine(address, message):
+                    self.sent.append(message)
+                    target = self.machines.get(address)
+                    if target is not None:
+                        self.do(target, self._deliver(target, message))
+                case ToWorkers(wire.Introduce() as message) if not self.deaf:
+                    for worker in machine.card.workers:
+                        told = machine.introduced(worker.rank, message.card.incarnation, self.worker_error, 0.0)
+                        self.do(machine, told)
+                case ToWorkers(wire.Dismiss(incarnation, _)):
+                    self.dismissed.append(incarnation)
+                case Answer(_, message):
+                    self.answers.append(message)
+
+    def _deliver(self, target: Pairing, message: wire.Control) -> list[Action]:
+        match message:
+            case wire.Hello(sender):
+                return target.hello(sender)
+            case wire.Welcome(sender):
+                return target.welcome(sender)
+            case wire.Refuse():
+                return target.refuse(message.address, message.reason)
+        raise AssertionError(message)
+
+
+def pair(ranks: int = 1, must: str = "m") -> tuple[Pairing, Pairing, Net]:
+    a, b = Pairing(card(A, "a1", ranks), same_model), Pairing(card(B, "b1", ranks, must), same_model)
+    return a, b, Net(a, b)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_one_hello_makes_both_ready(ranks: int) -> None:
+    a, b, net = pair(ranks)
+    net.do(a, a.want(B, 0.0, (b"router", "t")))
+    assert a.state(B) == (PairState.READY, "") and b.state(A) == (PairState.READY, "")
+    assert net.answers == [wire.Met("t", "b", "b1", "")]
+
+
+def test_hello_is_repeated_but_not_hammered() -> None:
+    a = Pairing(card(A, "a1"), same_model)
+    assert a.want(B, 0.0) and not a.want(B, 0.5) and a.want(B, 1.0)
+
+
+def test_welcome_waits_for_every_worker() -> None:
+    a, b, net = pair(ranks=2)
+    net.deaf = True
+    net.do(a, a.want(B, 0.0))
+    b.introduced(Rank(0), Incarnation("a1"), "", 0.0)
+    assert b.state(A)[0] is PairState.PENDING
+    actions = b.introduced(Rank(1), Incarnation("a1"), "", 0.0)
+    assert actions == [ToEngine(A, wire.Welcome(b.card))] and b.state(A)[0] is PairState.READY
+
+
+def test_both_may_start_at_once() -> None:
+    a, b, net = pair()
+    first, second = a.want(B, 0.0), b.want(A, 0.0)
+    net.do(a, first)
+    net.do(b, second)
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+
+
+def test_refusal_names_the_field_to_whoever_waits_and_is_tried_again_later() -> None:
+    a, b, net = pair(must="another")
+    net.do(a, a.want(B, 0.0, (b"router", "t")))
+    state, reason = a.state(B)
+    assert state is PairState.REFUSED and "'model'" in reason and "serve one model" in reason
+    assert isinstance(net.answers[0], wire.Met) and "'model'" in net.answers[0].refused
+    assert a.want(B, 1.0, (b"router", "t2")) == [Answer(b"router", wire.Met("t2", "", "", reason))]
+    assert a.want(B, 6.0) == [ToEngine(B, wire.Hello(a.card))]
+    assert b.ready_peers() == []
+
+
+def test_a_restarted_peer_replaces_its_older_incarnation() -> None:
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    again = Pairing(card(A, "a2"), same_model)
+    net.machines[A] = again
+    net.do(again, again.want(B, 0.0))
+    assert net.dismissed == [Incarnation("a1")]
+    assert [peer.incarnation for peer in b.ready_peers()] == [Incarnation("a2")]
+
+
+def test_a_lost_pair_is_found_again() -> None:
+    a, _, net = pair()
+    net.do(a, a.want(B, 0.0))
+    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "silent", 10.0))
+    assert a.state(B)[0] is PairState.PENDING and net.dismissed == [Incarnation("b1")]
+    assert a.want(B, 10.5) == []
+    net.do(a, a.want(B, 11.0))
+    assert a.state(B)[0] is PairState.READY
+
+
+def test_a_worker_that_cannot_connect_refuses_the_pair() -> None:
+    a, b, net = pair()
+    net.worker_error = "no route"
+    net.do(a, a.want(B, 0.0, (b"router", "t")))
+    assert "no route" in b.state(A)[1] and b.ready_peers() == []
+    assert a.state(B)[0] is PairState.PENDING
+
+
+def test_news_of_unknown_peers_is_ignored() -> None:
+    a, _, _ = pair()
+    assert a.introduced(Rank(0), Incarnation("nobody"), "", 0.0) == []
+    assert a.introduced(Rank(0), Incarnation("nobody"), "lost", 0.0) == []
