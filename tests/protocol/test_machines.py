@@ -12,7 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from lmkv.ids import TransferId
 from lmkv.transfer import events as ev
 
-from .world import DECODE, PROMPT, World, prefill_peer
+from .things import DECODE, PROMPT, prefill_peer
+from .world import World
 
 TIDS = tuple(TransferId(name) for name in ("a", "b"))
 INDEX = st.integers(0, 1 << 16)
@@ -216,7 +217,7 @@ class Friendly(Hostile):
 
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(Hostile, 500), (HostileTwoRanks, 500), (Friendly, 100)],
+    [(Hostile, 250), (HostileTwoRanks, 250), (Friendly, 60)],
     ids=["one rank", "two ranks", "no faults"],
 )
 def test_whatever_happens(machine: type[Hostile], examples: int) -> None:
