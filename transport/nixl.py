@@ -177,7 +177,7 @@ class NixlTransport(Transport):
         if self._closed:
             raise StateError(f"transport {self.name} is closed")
 
-    # --- memory and peers ---------------------------------------------------------------------------------------------
+    # --- memory and peers ---
 
     def register(self, region: Region) -> None:
         self._owner.check()
@@ -243,7 +243,7 @@ class NixlTransport(Transport):
             # Newer versions drop the metadata of a disconnected peer themselves; then there is nothing left to remove.
             _log.debug("NIXL had dropped %s already", peer)
 
-    # --- operations ---------------------------------------------------------------------------------------------------
+    # --- operations ---
 
     def write(self, peer: PeerId, local: Extents, remote: Extents, note: bytes = b"") -> OpId:
         return self._post("WRITE", peer, local, remote, note)
@@ -344,7 +344,7 @@ class NixlTransport(Transport):
             # NIXL keeps such a handle and frees it with the agent; the operation itself is over for the caller.
             _log.warning("NIXL did not release %r: %s", handle, _text(error))
 
-    # --- the end ------------------------------------------------------------------------------------------------------
+    # --- the end ---
 
     def close(self) -> None:
         """As the contract. A notify sent to a peer never reached before may not have left yet: poll before closing."""

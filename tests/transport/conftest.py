@@ -53,9 +53,11 @@ def back_end(request: pytest.FixtureRequest) -> BackEnd:
     return request.param
 
 
-def open_ends(back_end: BackEnd, *roles: str, arena_bytes: int) -> list[Endpoint]:
-    """Ends with names of their own, started side by side."""
-    ends: list[Endpoint] = [ProcessEndpoint(back_end.env) if back_end.processes else ThreadEndpoint() for _ in roles]
+def open_ends(back_end: BackEnd, *roles: str, arena_bytes: int, prefix: tuple[str, ...] = ()) -> list[Endpoint]:
+    """Ends with names of their own, started side by side; `prefix` goes before the command of a process."""
+    ends: list[Endpoint] = [
+        ProcessEndpoint(back_end.env, prefix) if back_end.processes else ThreadEndpoint() for _ in roles
+    ]
     for end, role in zip(ends, roles, strict=True):
         end.send("open", url=back_end.url, name=f"{back_end.id}-{role}-{next(_names)}", arena_bytes=arena_bytes)
     for end in ends:
@@ -82,10 +84,19 @@ def shared_pair(back_end: BackEnd) -> Iterator[tuple[Endpoint, Endpoint]]:
 def pair(shared_pair: tuple[Endpoint, Endpoint]) -> Iterator[tuple[Endpoint, Endpoint]]:
     """The shared pair, and afterwards: guards whole, nothing in flight, nobody lost."""
     yield shared_pair
+    names = {end.name for end in shared_pair}
     for end in shared_pair:
         assert end.call("guards_intact")
         assert end.call("in_flight") == 0
-        assert not [event for event in end.fetch() if event[0] == "lost"]
+        assert not [event for event in end.fetch() if event[0] == "lost" and event[1] in names]
+
+
+@pytest.fixture
+def victim(shared_pair: tuple[Endpoint, Endpoint], new_ends: Callable[..., list[Endpoint]]) -> Endpoint:
+    """A target connected both ways with the shared writer, to be stopped or killed."""
+    (end,) = new_ends("victim")
+    connect_both_ways(shared_pair[0], end)
+    return end
 
 
 @pytest.fixture

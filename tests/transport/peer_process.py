@@ -19,7 +19,7 @@ import msgspec
 import numpy as np
 import xxhash
 
-from lmkv.errors import LmkvError
+from lmkv.errors import LmkvError, PeerLostError, StateError
 from lmkv.transport import Completion, Extents, Notification, PeerLost, Region, Transport, open_transport
 
 GUARD_BYTES = 64 << 10
@@ -67,7 +67,7 @@ class Server:
                     self.events.append(("lost", peer, reason))
         return bool(events) or self.transport.in_flight > 0
 
-    # --- life -------------------------------------------------------------------------------------------------------
+    # --- life ---
 
     def do_open(self, url: str, name: str, arena_bytes: int) -> dict[str, Any]:
         self.memory = np.full(arena_bytes + 2 * GUARD_BYTES, GUARD_VALUE, dtype=np.uint8)
@@ -105,7 +105,7 @@ class Server:
     def do_fault(self, name: str, value: object) -> None:
         setattr(self.transport.faults, name, value)
 
-    # --- the contract -----------------------------------------------------------------------------------------------
+    # --- the contract ---
 
     def do_connect(self, export: bytes) -> str:
         return self.transport.connect(export)
@@ -119,8 +119,16 @@ class Server:
     def do_read(self, peer: str, local: np.ndarray, remote: np.ndarray, note: bytes = b"") -> int:
         return self.transport.read(peer, Extents(local), Extents(remote), note)
 
-    def do_write_many(self, peer: str, local: np.ndarray, remote: np.ndarray, count: int) -> list[int]:
-        return [self.transport.write(peer, Extents(local), Extents(remote), b"many") for _ in range(count)]
+    def do_write_until_lost(self, peer: str, local: np.ndarray, remote: np.ndarray, limit: int) -> list[int]:
+        """Post write after write while the peer lives, `limit` at most; gives the operations that were accepted."""
+        ops: list[int] = []
+        for _ in range(limit):
+            try:
+                ops.append(self.transport.write(peer, Extents(local), Extents(remote), b"until lost"))
+            except (PeerLostError, StateError):
+                break
+            self.pump()
+        return ops
 
     def do_notify(self, peer: str, note: bytes) -> None:
         self.transport.notify(peer, note)
@@ -159,7 +167,7 @@ class Server:
         thread.join()
         return caught[0] if caught else ""
 
-    # --- memory and events ------------------------------------------------------------------------------------------
+    # --- memory and events ---
 
     def do_fill(self, rows: np.ndarray, seed: int) -> None:
         """Random bytes into `rows`."""
@@ -195,7 +203,7 @@ class Server:
     def do_events(self, since: int) -> list[tuple[Any, ...]]:
         return self.events[since:]
 
-    # --- leaks ------------------------------------------------------------------------------------------------------
+    # --- leaks ---
 
     def do_leaks(self, cycles: int) -> dict[str, int]:
         """Open, use and end two transports here again and again; what grows from the second cycle on is a leak."""

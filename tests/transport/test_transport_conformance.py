@@ -133,7 +133,7 @@ def test_many_operations_in_both_directions_each_complete_once(pair: Pair) -> No
         assert len(notes) == len(set(notes)) == 20
 
 
-# --- bounds -----------------------------------------------------------------------------------------------------------
+# --- bounds ---
 
 
 @pytest.mark.parametrize("side", ["local", "remote"])
@@ -187,7 +187,7 @@ def test_a_target_that_checks_refuses_a_lying_caller(
     liar.run(command, target.name, liar.rows((0, 4096)), target.rows((0, 4096)))
 
 
-# --- states -----------------------------------------------------------------------------------------------------------
+# --- states ---
 
 
 def refused(end: Endpoint, command: str, **arguments: Any) -> None:
