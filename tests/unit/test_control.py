@@ -95,7 +95,7 @@ def test_a_full_queue_is_counted_not_waited_for(context: zmq.Context[zmq.Socket[
 
 def test_a_taken_port_says_so(context: zmq.Context[zmq.Socket[bytes]]) -> None:
     inbox = Inbox(context, "tcp://127.0.0.1:0")
-    with pytest.raises(ConfigError, match="cannot listen.*choose another port"):
+    with pytest.raises(ConfigError, match=r"cannot listen.*choose another port"):
         Inbox(context, inbox.address)
     inbox.close()
 
