@@ -26,8 +26,10 @@ def errors_table() -> str:
     lines = ["| code | error | meaning |", "|---|---|---|"]
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.LmkvError)]
     meanings = _meanings()
-    for error in sorted(classes, key=lambda c: c.code):
-        lines.append(f"| `{error.code}` | `{error.__name__}` | {meanings.get(error.__name__, 'any error of lmkv')} |")
+    lines += [
+        f"| `{error.code}` | `{error.__name__}` | {meanings.get(error.__name__, 'any error of lmkv')} |"
+        for error in sorted(classes, key=lambda c: c.code)
+    ]
     return "\n".join(lines)
 
 
