@@ -11,6 +11,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import aiohttp
+from prometheus_client import generate_latest
 
 from lmkv.control.client import ControlClient
 from lmkv.ids import TransferId, make_transfer_id
@@ -19,7 +20,7 @@ from .engines import Engine, Engines
 from .health import HealthMonitor
 from .ledger import Ledger
 from .metrics import RouterMetrics
-from .pairs import PairKeeper
+from .pairs import PairKeeper, PairState
 from .policy import DECODE_POLICIES, PREFILL_POLICIES, Choice, Snapshot, choose
 from .settings import RouterSettings
 
@@ -56,8 +57,8 @@ class Router:
             skip_auto_headers=("Content-Type", "User-Agent"),
         )
         self.control = ControlClient()
-        self.health = HealthMonitor(self.session, self.settings, self.metrics)
-        self.pairs = PairKeeper(self.engines, self.control, self.settings, self.metrics)
+        self.health = HealthMonitor(self.session, self.settings)
+        self.pairs = PairKeeper(self.engines, self.control, self.settings)
         await self.health.revive(self.engines.all)
         for engine in self.engines.all:
             self._spawn(f"health {engine.name}", self.health.run(engine))
@@ -94,12 +95,10 @@ class Router:
         task = asyncio.current_task()
         assert task is not None
         self.in_flight.add(task)
-        self.metrics.in_flight.set(len(self.in_flight))
         try:
             yield
         finally:
             self.in_flight.discard(task)
-            self.metrics.in_flight.set(len(self.in_flight))
             if not self.in_flight and self._idle is not None:
                 self._idle.set()
 
@@ -118,6 +117,17 @@ class Router:
             for task in left:
                 task.cancel()
             await asyncio.wait(left, timeout=cut_s)
+
+    def exposition(self) -> bytes:
+        """/metrics. What is only a count of now is set here and not with every request."""
+        self.metrics.in_flight.set(len(self.in_flight))
+        for engine in self.engines.all:
+            self.metrics.engine_requests.labels(engine.spec.side, engine.name).set(engine.requests)
+            self.metrics.engine_up.labels(engine.spec.side, engine.name).set(engine.healthy)
+        for pair in self.pairs.pairs:
+            ready = pair.state is PairState.READY
+            self.metrics.pair_ready.labels(pair.prefill.name, pair.decode.name).set(ready)
+        return generate_latest(self.metrics.registry)
 
     def down(self, engines: list[Engine]) -> list[Engine]:
         return [engine for engine in engines if not engine.healthy]

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import aiohttp
 
 from .engines import Engine
-from .metrics import RouterMetrics
 from .settings import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -22,10 +21,9 @@ SLOW_POLLS = 3
 class HealthMonitor:
     """`run(engine)` is a task an engine. An engine becomes healthy by a poll only."""
 
-    def __init__(self, session: aiohttp.ClientSession, settings: RouterSettings, metrics: RouterMetrics) -> None:
+    def __init__(self, session: aiohttp.ClientSession, settings: RouterSettings) -> None:
         self._session = session
         self._settings = settings
-        self._metrics = metrics
         self._timeout = aiohttp.ClientTimeout(total=settings.health_timeout_s)
 
     async def run(self, engine: Engine) -> None:
@@ -71,4 +69,3 @@ class HealthMonitor:
             logger.info("%s engine %s is up", engine.spec.side, engine.name)
         engine.healthy = not trouble
         engine.trouble = trouble
-        self._metrics.engine_up.labels(engine.spec.side, engine.name).set(engine.healthy)

@@ -18,7 +18,6 @@ from lmkv.control.client import ControlClient, ControlError
 from lmkv.ids import Incarnation
 
 from .engines import Engine, Engines
-from .metrics import RouterMetrics
 from .settings import RouterSettings
 
 logger = logging.getLogger(__name__)
@@ -57,16 +56,13 @@ class Pair:
 class PairKeeper:
     """`tasks()` are its coroutines, to be run as long as the router lives."""
 
-    def __init__(
-        self, engines: Engines, control: ControlClient, settings: RouterSettings, metrics: RouterMetrics
-    ) -> None:
+    def __init__(self, engines: Engines, control: ControlClient, settings: RouterSettings) -> None:
         self.pairs = [Pair(p, d) for p in engines.prefill for d in engines.decode]
         self.ready: frozenset[tuple[str, str]] = frozenset()
         self.refused: frozenset[tuple[str, str]] = frozenset()
         self._engines = engines
         self._control = control
         self._settings = settings
-        self._metrics = metrics
         self._meetings = asyncio.Semaphore(MEETINGS_AT_ONCE)
 
     def tasks(self) -> Iterable[tuple[str, Any]]:
@@ -150,7 +146,6 @@ class PairKeeper:
         pair.state, pair.reason, pair.met = state, reason, met
         self.ready = self._names(PairState.READY)
         self.refused = self._names(PairState.REFUSED)
-        self._metrics.pair_ready.labels(pair.prefill.name, pair.decode.name).set(state is PairState.READY)
 
     def _names(self, state: PairState) -> frozenset[tuple[str, str]]:
         return frozenset((p.prefill.name, p.decode.name) for p in self.pairs if p.state is state)

@@ -84,9 +84,9 @@ class Attempt:
         self._connect_s = settings.connect_timeout_s
 
     async def __aenter__(self) -> Attempt:
-        self._count(self._decode.engine, 1)
+        self._decode.engine.requests += 1
         if self._prefill is not None:
-            self._count(self._prefill.engine, 1)
+            self._prefill.engine.requests += 1
             self._prefill.engine.prompt_bytes += self._request.body_bytes
             self._prefill_task = asyncio.create_task(self._run_prefill(self._prefill), name="prefill request")
             self._prefill_task.add_done_callback(self._prefill_done)
@@ -96,7 +96,7 @@ class Attempt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """The client may go away even now: nothing after the first await must matter to anybody else."""
-        self._count(self._decode.engine, -1)
+        self._decode.engine.requests -= 1
         if self._response is not None:
             self._response.close()
         if self._prefill_task is not None:
@@ -106,7 +106,7 @@ class Attempt:
     def _prefill_done(self, task: asyncio.Task[None]) -> None:
         """However it ended, even before it began. The load ends here, not with decode's last token."""
         assert self._prefill is not None
-        self._count(self._prefill.engine, -1)
+        self._prefill.engine.requests -= 1
         self._prefill.engine.prompt_bytes -= self._request.body_bytes
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("the prefill request of %s failed unexpectedly", self._request.request_id, exc_info=error)
@@ -115,6 +115,9 @@ class Attempt:
         """Raises AttemptFailedError. A 4xx is an answer, not a failure: another engine would say the same."""
         limit_s = self._settings.first_token_timeout_s if stream else self._settings.response_timeout_s
         name = self._decode.engine.name
+        if self._prefill_task is not None:
+            # One turn of the loop, in which prefill's request is written: the prompt's computation is what takes time.
+            await asyncio.sleep(0)
         try:
             async with asyncio.timeout(limit_s):
                 self._response = response = await self._post(self._decode, aiohttp.ClientTimeout(
@@ -186,10 +189,6 @@ class Attempt:
             timeout=timeout,
             allow_redirects=False,
         )
-
-    def _count(self, engine: Engine, change: int) -> None:
-        engine.requests += change
-        self._metrics.engine_requests.labels(engine.spec.side, engine.name).set(engine.requests)
 
 
 def _is_deadline(error: BaseException) -> bool:

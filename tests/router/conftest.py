@@ -52,13 +52,16 @@ class System:
 class Builder:
     systems: list[tuple[System, web.AppRunner]] = field(default_factory=list)
 
-    async def __call__(self, prefill: int = 1, decode: int = 1, paired: bool = True, **settings: Any) -> System:
+    async def __call__(
+        self, prefill: int = 1, decode: int = 1, paired: bool = True, refusal: str = "", **settings: Any
+    ) -> System:
         prefills = [FakeEngine(f"p{i}") for i in range(prefill)]
         decodes = [FakeEngine(f"d{i}") for i in range(decode)]
         for engine in [*prefills, *decodes]:
             await engine.start()
             for other in [*prefills, *decodes]:
                 engine.control.resolve[other.control.address] = other.control
+        decodes[0].control.refusal = refusal
         given = {**FAST, "prefill": [e.spec for e in prefills], "decode": [e.spec for e in decodes], **settings}
         router = Router(router_settings(given, {}))
         runner = web.AppRunner(make_app(router), handler_cancellation=True, access_log=None, shutdown_timeout=0.5)

@@ -90,10 +90,7 @@ REFUSAL = "the peer differs in 'kv_dtype': ours 'bf16', theirs 'fp8'"
 
 async def test_a_refused_pair_is_never_chosen_and_is_told(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "lmkv")
-    s = await build(decode=2, paired=False)
-    s.decode[0].control.refusal = REFUSAL
-    s.prefill[0].control.incarnation = "e" * 16  # whatever was met before the refusal was set is met anew
-    s.decode[0].control.peers.clear()
+    s = await build(decode=2, paired=False, refusal=REFUSAL)
     first, second = s.router.pairs.pairs
     await until(lambda: first.state is PairState.REFUSED and second.state is PairState.READY, "refused")
     for _ in range(6):
@@ -107,10 +104,7 @@ async def test_a_refused_pair_is_never_chosen_and_is_told(build: Build, caplog: 
 
 
 async def test_all_pairs_refused_means_decode_alone(build: Build) -> None:
-    s = await build(paired=False)
-    s.decode[0].control.refusal = REFUSAL
-    s.prefill[0].control.incarnation = "e" * 16
-    s.decode[0].control.peers.clear()
+    s = await build(paired=False, refusal=REFUSAL)
     await until(lambda: s.router.pairs.pairs[0].state is PairState.REFUSED, "refused")
     async with s.client.post(s.url + "/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "r"}) as reply:
         assert reply.status == 200
@@ -121,12 +115,9 @@ async def test_all_pairs_refused_means_decode_alone(build: Build) -> None:
 
 
 async def test_a_refused_pair_stays_refused_while_the_engine_is_silent(build: Build) -> None:
-    s = await build(paired=False, meet_timeout_s=0.1)
+    s = await build(paired=False, refusal=REFUSAL, meet_timeout_s=0.1)
     pair = s.router.pairs.pairs[0]
-    s.decode[0].control.refusal = REFUSAL
-    s.prefill[0].control.incarnation = "e" * 16
-    s.decode[0].control.peers.clear()
-    await until(lambda: pair.state is PairState.REFUSED and pair.met and pair.met[0] == "e" * 16, "refused")
+    await until(lambda: pair.state is PairState.REFUSED, "refused")
     s.decode[0].control.silent = True
     await until(lambda: s.router.engines.decode[0].control_trouble, "silence noticed")
     assert pair.state is PairState.REFUSED
