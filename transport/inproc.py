@@ -214,7 +214,8 @@ class InprocTransport(Transport):
         fails, corrupts = faults.fail_next > 0, faults.corrupt_next > 0
         faults.fail_next -= fails
         faults.corrupt_next -= corrupts
-        move = _Move(is_write, local, remote, note, faults.delay_polls, fails, corrupts, on_the_wire=faults.hold)
+        on_the_wire = faults.hold or self._cut_off(there.transport)
+        move = _Move(is_write, local, remote, note, faults.delay_polls, fails, corrupts, on_the_wire=on_the_wire)
         return self._ops.start(peer, move)
 
     def notify(self, peer: PeerId, note: bytes) -> None:
@@ -309,8 +310,9 @@ class InprocTransport(Transport):
         """Stops where it is at the next poll, unless it is on the wire (`Faults.hold`, `Faults.cut`)."""
         self._open()
         if op in self._ops.flying:
-            move = self._ops.flying[op][1]
-            move.cancelled = not (move.on_the_wire or self.faults.hold or move.all_landed)
+            peer, move = self._ops.flying[op]
+            move.on_the_wire |= self.faults.hold or self._cut_off(self._peers[peer].transport)
+            move.cancelled = not (move.on_the_wire or move.all_landed)
         elif not self._ops.known(op):
             raise StateError(f"operation {op} is unknown or was released before")
 
