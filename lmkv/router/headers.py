@@ -15,7 +15,7 @@ TRANSFER_ID = "X-Lmkv-Transfer-Id"
 
 _HOP_BY_HOP = frozenset(
     {"connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection"}
-    | {"te", "trailer", "transfer-encoding", "upgrade"}
+    | {"te", "trailer", "transfer-encoding", "upgrade"}  # codespell:ignore te
 )
 _NOT_UP = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "expect", "accept-encoding", "x-request-id"} | {
     "x-data-parallel-rank"  # names a rank of one engine; the request goes to two

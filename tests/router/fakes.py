@@ -142,7 +142,7 @@ async def like_vllm(request: web.Request, seen: Seen) -> web.StreamResponse:
     body = seen.body
     chat = "chat" in request.path
     if body.get("stream"):
-        chunks = chat_stream(["Hel", "lo"], body.get("n") or 1) if chat else [text_chunk("Hello"), DONE]
+        chunks = chat_stream(["He", "llo"], body.get("n") or 1) if chat else [text_chunk("Hello"), DONE]
         return await streams(chunks)(request, seen)
     message = {"message": {"role": "assistant", "content": "Hello"}} if chat else {"text": "Hello"}
     return web.json_response({"id": "1", "choices": [{"index": 0, **message, "finish_reason": "stop"}]})

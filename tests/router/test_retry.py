@@ -28,7 +28,7 @@ from .fakes import (
     within,
 )
 
-ANSWER = b"".join(chat_stream(["Hel", "lo"]))
+ANSWER = b"".join(chat_stream(["He", "llo"]))
 
 FAILURES: dict[str, tuple[Behaviour, str]] = {
     "connection dropped": (drop, "connection"),
@@ -122,7 +122,7 @@ async def test_both_requests_are_aborted_before_the_next_attempt(build: Build, f
 
 
 async def test_nothing_goes_to_the_client_before_the_first_token(build: Build) -> None:
-    """Not even the status line: the fake sends role chunks, keep-alives, an error; the client must still be waiting."""
+    """Not even the status line: the fake sends role chunks, a comment, an error; the client must still be waiting."""
     s = await build(retries=1)
     s.decode[0].script = [streams([role_chunk(), b": keep-alive\n\n", error_chunk(), DONE])]
     token = asyncio.Event()
