@@ -131,4 +131,4 @@ def launch(script: str, *arguments: str) -> list[str]:
 
 
 def own_python() -> dict[str, str]:
-    return {"LMKV_PYTHON": sys.executable}
+    return {"LMKV_PYTHON": os.environ.get("LMKV_PYTHON", sys.executable)}
