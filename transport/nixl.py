@@ -23,6 +23,8 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 from lmkv.errors import (
@@ -56,13 +58,16 @@ def _import_nixl() -> tuple[Any, Any]:
     os.environ.setdefault("UCX_RCACHE_MAX_UNRELEASED", "1024")
     # Every error reaches the caller as an exception; a peer's death would otherwise print lines for each operation.
     os.environ.setdefault("NIXL_LOG_LEVEL", "FATAL")
+    # The package `nixl` imports torch to choose among the wheels (seconds, where torch is not loaded anyway). Where
+    # only one is installed there is nothing to choose.
+    wheels = [name for name in ("nixl_cu12", "nixl_cu13", "nixl_rocm") if find_spec(name)]
+    package = wheels[0] if len(wheels) == 1 else "nixl"
     raise_exceptions = logging.raiseExceptions
     try:
-        from nixl import _api, _bindings  # noqa: PLC0415 - the environment must be set first
+        return import_module(f"{package}._api"), import_module(f"{package}._bindings")
     finally:
         # NIXL turns off the whole process's logging errors while it configures its own logger.
         logging.raiseExceptions = raise_exceptions
-    return _api, _bindings
 
 
 _api, _bindings = _import_nixl()

@@ -125,7 +125,16 @@ class ProcessEndpoint(Endpoint):
         super().__init__(ours)
 
     def stop(self) -> None:
+        """Returns when every thread has stopped: the signal alone only asks for it."""
         self.process.send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + REPLY_TIMEOUT_S
+        while any(state != "T" for state in self._thread_states()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"process {self.process.pid} does not stop")
+
+    def _thread_states(self) -> list[str]:
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()]
 
     def resume(self) -> None:
         self.process.send_signal(signal.SIGCONT)
