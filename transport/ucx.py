@@ -6,8 +6,8 @@
 instead ("mlx5_0:1", "eth0,eth1", "all"). Without `devices` the environment's UCX_NET_DEVICES wins over `address`.
 
 ucxx has no one-sided calls, so both sides must poll. Payloads travel as tagged messages, a message a row, straight from
-and into place where UCX can. A channel has an endpoint in both directions and two tags of its own, drawn at random; it
-begins with a *knock* on a well-known tag: the target's token, the channel's tag, the initiator's worker address. A
+and into place where UCX can. A channel has tags of its own, drawn at random, on the one endpoint to its peer. It begins
+with a *knock* on a well-known tag: the target's token, the channel's tag, the initiator's worker address. A
 worker address is handed to UCX only when the token is right and its digest fits: UCX aborts the process on a wrong one,
 so whoever has been given the export must be trusted.
 
@@ -42,6 +42,9 @@ if _nixl := sorted({"nixl", "nixl_cu12", "nixl_cu13"} & set(sys.modules)):
         hint="use nixl:// here, or start the process without it",
     )
 
+# ucxx sets variables that its own UCX does not know, and UCX prints a warning for each.
+os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+
 from ucxx import libucxx as _ucxx
 from ucxx._lib.arr import Array as _Array
 
@@ -69,31 +72,66 @@ _WINDOW_BYTES = 8 << 20
 """Under way in one direction of a channel; UCX buffers small messages that nobody waits for yet."""
 
 _PROGRESS_A_POLL = 256
-_QUIET_LIMIT_S = 1.0
+_QUIET_LIMIT_S = 0.2
+_LINKS_LIMIT = 4096
+_EMPTY = b""
+
+
+class _Link:
+    """The endpoint to another worker, shared by all channels to it; lives until it fails or the transport ends.
+
+    One endpoint on each side and no more: UCX pairs the endpoints between two workers in the order of their making, so
+    a second one would be paired with a channel of the other direction and end it together with its own.
+    """
+
+    def __init__(self, worker: Any, endpoint: Any) -> None:
+        self.worker = worker
+        self.endpoint = endpoint
+        self._farewells: deque[tuple[Any, bytes]] = deque()
+        self.kept: list[tuple[Any, object]] = []
+        """Requests of closed channels that UCX has not given back, with their buffers."""
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.endpoint.alive)
+
+    def say(self, message: bytes, tag: int) -> None:
+        """Send without a window; raises UCX's errors."""
+        while self._farewells and self._farewells[0][0].completed:
+            self._farewells.popleft()
+        self._farewells.append((self.endpoint.tag_send(_Array(message), _ucxx.UCXXTag(tag)), message))
+
+    def close(self) -> None:
+        """Withdraws every receive posted by it. Idempotent."""
+        try:
+            self.endpoint.close_blocking(period=0, max_attempts=1)
+            # An endpoint that had failed before leaves its receives to the worker.
+            self.worker.cancel_inflight_requests(period=0, max_attempts=1)
+        except _UCX_ERRORS as error:
+            _log.debug("closing an endpoint: %s", _text(error))
 
 
 class UcxChannel(Channel):
-    """Two tags between two workers, and the endpoint to the other one. Owns the endpoint."""
+    """Four tags between two workers: data and farewell, in both directions. `side` is 0 for who opened it, else 1."""
 
-    def __init__(self, worker: Any, endpoint: Any, send_tag: int, receive_tag: int) -> None:
-        self._worker = worker
-        self._endpoint = endpoint
-        self._send_tag = _ucxx.UCXXTag(send_tag)
-        self._receive_tag = _ucxx.UCXXTag(receive_tag)
-        self._sending: deque[tuple[Any, memoryview | bytes]] = deque()
+    def __init__(self, link: _Link, ourselves: Any, tag: int, side: int) -> None:
+        """`ourselves` is an endpoint to our own worker. Raises UCX's errors."""
+        self._link = link
+        self._ourselves = ourselves
+        self._send_tag = _ucxx.UCXXTag(tag + side)
+        self._receive_tag = _ucxx.UCXXTag(tag + (1 - side))
+        self._farewell_tag = tag + 2 + side
+        self._sending: deque[tuple[Any, memoryview]] = deque()
         self._sending_bytes = 0
-        self._receiving: deque[tuple[Any, int]] = deque()
+        self._receiving: deque[tuple[Any, memoryview]] = deque()
+        self._their_farewell_tag = _ucxx.UCXXTag(tag + 2 + (1 - side))
+        # ucxx does not keep buffers alive: whoever posts one holds it until the request has completed.
+        self._farewell_place = bytearray(1)
+        self._farewell = link.endpoint.tag_recv(_Array(self._farewell_place), self._their_farewell_tag)
+        self._withdrawals: list[tuple[Any, bytes]] = []
+        self._closed = False
         self.moved = False
         """Whether anything moved since the transport looked: then there may be more at once."""
-
-    def knock(self, message: bytes) -> None:
-        """Raises ChannelClosed."""
-        try:
-            request = self._endpoint.tag_send(_Array(message), _ucxx.UCXXTag(_KNOCK_TAG))
-        except _UCX_ERRORS as error:
-            raise ChannelClosed(_text(error)) from error
-        self._sending.append((request, message))
-        self._sending_bytes += len(message)
 
     def send(self, buffers: Sequence[memoryview]) -> int:
         taken = 0
@@ -102,7 +140,7 @@ class UcxChannel(Channel):
             for buffer in buffers:
                 if len(self._sending) >= _WINDOW_MESSAGES or self._sending_bytes >= _WINDOW_BYTES:
                     break
-                self._sending.append((self._endpoint.tag_send(_Array(buffer), self._send_tag), buffer))
+                self._sending.append((self._link.endpoint.tag_send(_Array(buffer), self._send_tag), buffer))
                 self._sending_bytes += len(buffer)
                 taken += len(buffer)
         except _UCX_ERRORS as error:
@@ -123,40 +161,62 @@ class UcxChannel(Channel):
             self._sent()
             # The front of `buffers` has been posted by earlier calls.
             for buffer in buffers[len(self._receiving) : _WINDOW_MESSAGES]:
-                request = self._endpoint.tag_recv(_Array(buffer), self._receive_tag)
-                self._receiving.append((request, len(buffer)))
+                request = self._link.endpoint.tag_recv(_Array(buffer), self._receive_tag)
+                self._receiving.append((request, buffer))
             while self._receiving and self._receiving[0][0].completed:
-                request, size = self._receiving[0]
+                request, buffer = self._receiving[0]
                 request.check_error()
                 self._receiving.popleft()
-                taken += size
+                taken += len(buffer)
         except _UCX_ERRORS as error:
             if not taken:
                 raise ChannelClosed(_text(error)) from error
-        if not taken and not self._endpoint.alive:
-            raise ChannelClosed("the endpoint was closed by the peer or its death")
+        if not taken and not self._link.alive:
+            raise ChannelClosed("the connection ended: its process is dead or has closed")
+        if not taken and self._farewell.completed:
+            raise ChannelClosed("the peer closed the channel")
         self.moved |= taken > 0
         return taken
 
     def close(self) -> None:
-        """As the contract: receives that UCX still holds are withdrawn, or waited for, which takes moments."""
+        """As the contract. Waits, for moments, for what UCX is in the middle of."""
+        if self._closed:
+            return
+        self._closed = True
         try:
-            self._endpoint.close_blocking(period=0, max_attempts=1)
-            # An endpoint that had failed before leaves its receives to the worker.
-            self._worker.cancel_inflight_requests(period=0, max_attempts=1)
+            if self._link.alive:
+                self._link.say(b"\0", self._farewell_tag)
+                self._withdraw()
+            else:
+                self._link.close()
         except _UCX_ERRORS as error:
-            _log.debug("closing an endpoint: %s", _text(error))
-        deadline = monotonic() + _QUIET_LIMIT_S
-        while self._receiving:
-            if self._receiving[0][0].completed:
-                self._receiving.popleft()
+            _log.debug("closing a channel: %s", _text(error))
+            self._link.close()
+        self._settle()
+
+    def _withdraw(self) -> None:
+        """Complete our own receives with empty messages from ourselves: ucxx cannot cancel one by one."""
+        pending = [self._receive_tag] * len(self._receiving) + [self._their_farewell_tag]
+        self._withdrawals = [(self._ourselves.tag_send(_Array(_EMPTY), tag), _EMPTY) for tag in pending]
+
+    def _settle(self) -> None:
+        # Once a link is known to be stuck, its other channels do not wait for the same thing again.
+        deadline = monotonic() + (0.0 if self._link.kept else _QUIET_LIMIT_S)
+        pending: deque[tuple[Any, object]] = deque(
+            [*self._receiving, (self._farewell, self._farewell_place), *self._withdrawals, *self._sending]
+        )
+        self._receiving.clear()
+        self._sending.clear()
+        while pending:
+            if pending[0][0].completed:
+                pending.popleft()
             elif monotonic() > deadline:
-                # Their buffers stay registered memory of this process, so at worst late bytes land where they should.
-                _log.error("UCX kept %d receives of a closed endpoint", len(self._receiving))
+                # In the middle of a large transfer whose other side is stuck, or has gone without a word.
+                _log.error("UCX did not give back %d requests of a closed channel", len(pending))
+                self._link.kept.extend(pending)
                 break
             else:
-                self._worker.progress_once()
-        self._sending.clear()
+                self._link.worker.progress_once()
 
 
 class UcxTransport(FramedTransport):
@@ -180,6 +240,8 @@ class UcxTransport(FramedTransport):
             self._worker = _ucxx.UCXWorker(self._context, enable_delayed_submission=False, enable_python_future=False)
             self._worker.init_blocking_progress_mode()
             self._sealed_address = _seal(self._worker.address.tobytes())
+            self._links: dict[bytes, _Link] = {}
+            self._ourselves = self._link(self._sealed_address)
         except _UCX_ERRORS as error:
             raise SchemeError(f"UCX does not start: {_text(error)}", hint="look at UCX_TLS and devices") from error
         self._knock_tag = _ucxx.UCXXTag(_KNOCK_TAG)
@@ -201,25 +263,23 @@ class UcxTransport(FramedTransport):
     # --- opening and accepting ---------------------------------------------------------------------------------------
 
     def _dial(self, location: Location) -> Channel:
-        tag = secrets.randbits(63) << 1
-        channel = self._channel(location.address, tag, tag | 1)
-        head = _KNOCK.pack(_KNOCK_MAGIC, location.token, tag)
+        tag = secrets.randbits(62) << 2
+        knock = _KNOCK.pack(_KNOCK_MAGIC, location.token, tag) + self._sealed_address
         try:
-            channel.knock(head + self._sealed_address)
-        except ChannelClosed as error:
-            channel.close()
-            raise ConnectError(f"the peer cannot be reached: {error}", hint="is that engine up?") from error
-        return channel
-
-    def _channel(self, sealed_address: bytes, send_tag: int, receive_tag: int) -> UcxChannel:
-        """Raises ConnectError. UCX aborts the process on an address that is not one, hence the seal."""
-        address = _unseal(sealed_address)
-        try:
-            peer = _ucxx.UCXAddress.create_from_buffer(bytearray(address))
-            endpoint = self._worker.create_endpoint_from_worker_address(peer, endpoint_error_handling=True)
+            link = self._link(location.address)
+            link.say(knock, _KNOCK_TAG)
+            return UcxChannel(link, self._ourselves.endpoint, tag, 0)
         except _UCX_ERRORS as error:
-            raise ConnectError(f"UCX cannot use the peer's address: {_text(error)}") from error
-        return UcxChannel(self._worker, endpoint, send_tag, receive_tag)
+            raise ConnectError(f"the peer cannot be reached: {_text(error)}", hint="is that engine up?") from error
+
+    def _link(self, sealed_address: bytes) -> _Link:
+        """Raises ConnectError, UCX's errors. UCX aborts the process on an address that is not one, hence the seal."""
+        link = self._links.get(sealed_address)
+        if link is None or not link.alive:
+            address = _ucxx.UCXAddress.create_from_buffer(bytearray(_unseal(sealed_address)))
+            endpoint = self._worker.create_endpoint_from_worker_address(address, endpoint_error_handling=True)
+            link = self._links[sealed_address] = _Link(self._worker, endpoint)
+        return link
 
     def _take_knocks(self) -> None:
         for _ in range(_KNOCKS_A_POLL):
@@ -238,13 +298,15 @@ class UcxTransport(FramedTransport):
                 _log.warning("%s: dropped a knock of %d bytes: %s", self.name, len(raw), _text(error))
 
     def _answer(self, knock: bytes) -> None:
-        """Raises ConnectError."""
+        """Raises ConnectError, UCX's errors."""
         if len(knock) < _KNOCK.size:
             raise ConnectError("too short")
         magic, token, tag = _KNOCK.unpack_from(knock)
         if magic != _KNOCK_MAGIC or not hmac.compare_digest(token, self._token):
             raise ConnectError("not a knock, or not with our token")
-        self._accepted(self._channel(knock[_KNOCK.size :], tag | 1, tag), f"tag {tag:#x}")
+        if tag % 4 or len(self._links) >= _LINKS_LIMIT:
+            raise ConnectError(f"tag {tag:#x}, {len(self._links)} links")
+        self._accepted(UcxChannel(self._link(knock[_KNOCK.size :]), self._ourselves.endpoint, tag, 1), f"tag {tag:#x}")
 
     # --- readiness ----------------------------------------------------------------------------------------------------
 
@@ -253,6 +315,9 @@ class UcxTransport(FramedTransport):
             if not self._worker.progress_once():
                 break
         self._take_knocks()
+        for address, link in [(a, k) for a, k in self._links.items() if not k.alive]:
+            link.close()
+            del self._links[address]
         return list(self._conduits)
 
     def _attached(self, conduit: Conduit) -> None:
@@ -283,7 +348,11 @@ class UcxTransport(FramedTransport):
         self._epoll.close()
         os.close(self._bell)
         self._knocks.clear()
+        for link in self._links.values():
+            link.close()
+        self._links.clear()
         # They go with their last references, the worker before its context.
+        del self._ourselves
         del self._worker
         del self._context
 
