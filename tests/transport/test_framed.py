@@ -144,8 +144,8 @@ def test_every_byte_arrives_and_no_other_changes(
         source.arena[:] = np.random.default_rng(seed).integers(1, 256, ARENA_BYTES)
         expected = np.zeros(ARENA_BYTES, dtype=np.uint8)
         ours, theirs = table
-        froms, tos = (ours, theirs) if direction is Direction.WRITE else (theirs, ours)
-        for (a, size), (b, _) in zip(froms, tos, strict=True):
+        origins, goals = (ours, theirs) if direction is Direction.WRITE else (theirs, ours)
+        for (a, size), (b, _) in zip(origins, goals, strict=True):
             expected[b : b + size] = source.arena[a : a + size]
         op = OpId(1)
         pair.initiator.start(Operation(direction, op, pair.us.extents(ours), pair.them.extents(theirs), note))

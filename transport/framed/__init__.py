@@ -14,6 +14,7 @@ pair that moves bytes in both directions has two channels, and each channel has 
 
 from .channel import Channel, ChannelClosed
 from .conduit import Conduit
-from .transport import FramedTransport, Location
+from .frames import Location
+from .transport import FramedTransport
 
 __all__ = ["Channel", "ChannelClosed", "Conduit", "FramedTransport", "Location"]

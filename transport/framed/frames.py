@@ -32,6 +32,7 @@ from enum import IntEnum
 from struct import Struct
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -82,6 +83,13 @@ class Greeting(IntEnum):
     VERSION = 1
     TOKEN = 2
     NAME = 3
+
+
+class Location(msgspec.Struct, frozen=True, array_like=True):
+    """The back end's part of an export: where to connect, and what to show there."""
+
+    address: bytes
+    token: bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from ..common import OpTable, OwnerThread, RegionMap, check_region, decode_expor
 from ..extents import Extents, MemoryKind
 from .channel import Channel, ChannelClosed
 from .conduit import Conduit
-from .frames import NOTE_BYTES_LIMIT, TOKEN_BYTES, pack_hello
+from .frames import NOTE_BYTES_LIMIT, TOKEN_BYTES, Location, pack_hello
 from .initiator import Direction, Initiator, InitiatorOwner, Operation
 from .memory import Memory
 from .target import Scratch, Target, TargetOwner
@@ -48,13 +48,6 @@ _LOST_NAMES_LIMIT = 4096
 
 _LAST_WORDS_S = 1.0
 """How long a peer that is lost to us, but not dead, may go on with what it sends us."""
-
-
-class Location(msgspec.Struct, frozen=True, array_like=True):
-    """The back end's part of an export: where to connect, and what to show there."""
-
-    address: bytes
-    token: bytes
 
 
 class _Peer:
@@ -400,6 +393,3 @@ class FramedTransport(Transport, InitiatorOwner, TargetOwner):
 def _check_note(note: bytes) -> None:
     if len(note) > NOTE_BYTES_LIMIT:
         raise StateError(f"a note of {len(note)} bytes; up to {NOTE_BYTES_LIMIT} are allowed")
-
-
-__all__ = ["FramedTransport", "Location"]
