@@ -93,7 +93,7 @@ def test_duplicates_count_once() -> None:
     run = Run().expecting(P)
     assert run.go(GOOD[0], GOOD[0], GOOD[2], GOOD[2]) == []
     assert reports(run.go(GOOD[1], GOOD[1])) == [("loaded", True)]
-    assert run.go(*GOOD, expect(P)) == []
+    assert run.go(*GOOD, expect(P), *GOOD) == []
     assert run.machine.counters.duplicates > 0 and run.machine.counters.late_writes == 0
 
 

@@ -67,6 +67,8 @@ class Flight:
     post: ev.PostWrite
     stamp: dict[Cell, str]
     """What the memory held when the note was made: its checksum."""
+    corrupt: bool = False
+    """The bytes are damaged on their way."""
     landed: bool = False
     done: str | None = None
     """The error ("" for none) of a completion that has not been delivered to the machine."""

@@ -81,6 +81,7 @@ class World:
             case ev.PostWrite():
                 self._post(side, action)
             case ev.SendSeal(peer, tid, epoch, writes, size):
+                self._seal(side, tid, epoch, writes, size)
                 self._to_decode(side, ev.Sealed(side.peer, tid, epoch, writes, size), control=False)
             case ev.SendFailed(peer, tid, epoch, reason, _):
                 self._promise(side, peer, tid, epoch)
@@ -100,6 +101,7 @@ class World:
         assert post.epoch == side.newest[tid], "posted for an old epoch"
         assert post.epoch > side.promised.get(tid, -1), "posted after promising that nothing would land"
         assert job.offered and job.finished is None and not job.withdrawn, "posted for an ended request"
+        assert not job.fenced, "posted while the engine waits to overwrite the blocks"
         assert not side.proven_dead and not self.decode_proven_dead, "posted to a dead peer"
         assert size <= max(self.limits.max_post_bytes, CELL_BYTES[rect.group]), "too large a post"
         flying = sum(self.limits.rect_bytes(f.post.rect) for f in self.flights if f.rank == side.rank)
@@ -116,6 +118,12 @@ class World:
         self.flights.append(flight)
         if side.link_broken or not self.decode_alive:
             flight.done = "connection lost"
+
+    def _seal(self, side: PrefillRank, tid: TransferId, epoch: Epoch, writes: int, size: int) -> None:
+        granted = {cell for rect in self.regions[tid, epoch].rects for cell in cells(rect)}
+        posted = {cell for t, e, cell in side.posted if (t, e) == (tid, epoch)}
+        assert posted == granted, "sealed before everything was posted"
+        assert size == sum(CELL_BYTES[group] for group, _, _ in granted) and (writes > 0) == (size > 0)
 
     def _promise(self, side: PrefillRank, peer: ev.Peer, tid: TransferId, epoch: Epoch) -> None:
         """Cancelled or Failed is being said: is it true?"""
@@ -191,8 +199,8 @@ class World:
         for i, cell in enumerate(cells(post.rect)):
             if part and i:
                 return
-            region.memory[flight.rank, cell] = job.memory[cell]
-            valid &= job.memory[cell] == flight.stamp[cell]
+            region.memory[flight.rank, cell] = "damaged" if flight.corrupt else job.memory[cell]
+            valid &= region.memory[flight.rank, cell] == flight.stamp[cell]
         if part:
             return
         flight.landed = True
