@@ -63,6 +63,11 @@ class Sender:
         """Transfers that are not over."""
         return self._active
 
+    def is_open(self, transfer_id: TransferId) -> bool:
+        """A Finished of this transfer will come: keep its grants and block ids. After a refused Granted it is False."""
+        transfer = self._transfers.get(transfer_id)
+        return transfer is not None and transfer.phase is not Phase.OVER
+
     def in_flight(self, transfer_id: TransferId) -> int:
         """Writes of this transfer without WriteDone: while not 0 its blocks are being read, even after Finished."""
         transfer = self._transfers.get(transfer_id)
@@ -99,7 +104,8 @@ class Sender:
             case PromptDone(tid):
                 self._prompt_done(tid, now_s)
             case Withdraw(tid, reason):
-                self._withdraw(tid, reason, now_s)
+                if transfer := self._live(tid):
+                    self._end(transfer, SendOutcome.WITHDRAWN, reason, now_s)
             case Preempted(tid):
                 self._preempted(tid, now_s)
             case NotNeededCame(tid, reason):
@@ -148,11 +154,6 @@ class Sender:
         if transfer is not None:
             transfer.prompt_done_s = now_s
             self._settle(transfer, now_s)
-
-    def _withdraw(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
-        transfer = self._live(transfer_id)
-        if transfer is not None:
-            self._end(transfer, SendOutcome.WITHDRAWN, reason, now_s)
 
     def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
         """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""

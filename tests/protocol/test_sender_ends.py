@@ -216,6 +216,15 @@ def test_a_failed_write_of_blocks_that_were_taken_away_is_not_repeated() -> None
     assert ends(run.land(1)) == ["failed"]
 
 
+def test_a_transfer_is_open_until_its_finished() -> None:
+    run = Run()
+    assert not run.machine.is_open(T)
+    run.go(grant(1))
+    assert run.machine.is_open(T)
+    run.go(cancel(1), grant(1))
+    assert not run.machine.is_open(T)
+
+
 def test_every_offer_is_finished_once() -> None:
     run = Run()
     run.live(ALL)
