@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models demo test test-fast check bench-handover clean
+.PHONY: help setup models ucx demo test test-fast check bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -14,10 +14,13 @@ setup: ## make .venv (LMKV_SETUP=gpu for CUDA); a second run takes no time
 models: setup ## the models of the demo and the tests
 	@$(BIN)/python scripts/fetch_model.py all
 
+ucx: setup ## a second environment for the tests of ucx://, which cannot share one with NIXL
+	@scripts/setup_ucx.sh || echo 'tests of ucx:// are skipped'
+
 demo: ## two engines and the router answer one prompt; the ledger tells how
 	@scripts/demo.sh $(ARGS)
 
-test: models ## all tests; those marked e2e start engines
+test: models ucx ## all tests; those marked e2e start engines
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: setup ## the tests that start no engine

@@ -26,6 +26,8 @@ tracked() {
   done
 }
 
+scripts_typed() { MYPYPATH=scripts mypy --strict --python-version 3.11 scripts/*.py; }
+
 spelling() { tracked . | xargs -r -d '\n' codespell; }
 
 # Whoever clones this has other folders than the author: a path into somebody's home or work folder is a bug.
@@ -48,6 +50,7 @@ mapfile -t yaml < <(tracked '*.yaml' '*.yml')
 check "ruff check" ruff check .
 check "ruff format" ruff format --check .
 check "mypy" mypy
+check "mypy of the scripts" scripts_typed
 check "import floors" lint-imports
 check "codespell" spelling
 check "shellcheck" shellcheck -x "${shell[@]}"

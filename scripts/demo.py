@@ -245,7 +245,8 @@ def judge(ours: Answer, plain: Answer, story: _ledger.Story) -> int:
     if ours.text == plain.text:
         print(f"answers       EQUAL ({ours.answer_tokens} tokens, greedy)")
     else:
-        same = next((i for i, (a, b) in enumerate(zip(ours.text, plain.text, strict=False)) if a != b), 0)
+        ends = min(len(ours.text), len(plain.text))
+        same = next((i for i in range(ends) if ours.text[i] != plain.text[i]), ends)
         print(f"answers       DIFFERENT from character {same} on:")
         for name, text in (("lmkv", ours.text), ("plain", plain.text)):
             print(f"  {name:5} …{text[max(0, same - 30) : same + 60]!r}")

