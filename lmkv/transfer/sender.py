@@ -305,8 +305,7 @@ class Sender:
         if verdict:
             self._end(transfer, SendOutcome.FAILED, verdict, now_s)
         elif verdict == "":
-            if not transfer.sealed:
-                self._out.append(transfer.seal())
+            self._out += [] if transfer.sealed else [transfer.seal()]
             if not transfer.flights:
                 transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.SENT
 
