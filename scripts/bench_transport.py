@@ -10,6 +10,7 @@ are taken within a round. Times are those of the initiator, from the call to the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -32,6 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MOVERS = ROOT / "scripts" / "bench" / "movers.py"
 ARENA_BYTES = 256 << 20
 REPLY_TIMEOUT_S = 120.0
+NICE = -15
 UCX_TCP = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
 
 
@@ -330,6 +332,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         "versions": stats.versions(),
         "settings": {
             "rounds": given.rounds,
+            "nice": os.nice(0),
             "arena_bytes": ARENA_BYTES,
             "methods": [{"name": p.method.name, "kind": p.method.kind, "env": p.method.env} for p in pairs],
             "absent": absent,
@@ -343,6 +346,9 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     given = parse(arguments)
+    # So that what else runs here disturbs less. Without the right to do so it stays as it is.
+    with contextlib.suppress(PermissionError):
+        os.nice(NICE)
     try:
         result = run(given)
     except BenchError as error:

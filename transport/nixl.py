@@ -265,8 +265,8 @@ class NixlTransport(Transport):
             # their indices cost more than these rows do.
             handle = agent.initialize_xfer(
                 operation,
-                agent.get_xfer_descs(local.table, local.kind.value),
-                agent.get_xfer_descs(remote.table, remote.kind.value),
+                agent.get_xfer_descs(local.table, local.kind),
+                agent.get_xfer_descs(remote.table, remote.kind),
                 peer,
                 note,
             )
@@ -307,13 +307,8 @@ class NixlTransport(Transport):
 
     def poll(self) -> list[Event]:
         self._open()
-        for op, (peer, handle) in list(self._ops.flying.items()):
-            try:
-                state = self._agent.check_xfer_state(handle)
-            except _NIXL_ERRORS as error:
-                self._ops.settle(op, self._error(peer, error, f"operation {op} failed"))
-            else:
-                self._progressed(op, state)
+        if self._ops.flying:
+            self._check_flying()
         events: list[Event] = list(self._ops.drain())
         for name, notes in self._agent.get_new_notifs().items():
             events += [Notification(PeerId(name), note) for note in notes]
@@ -323,6 +318,15 @@ class NixlTransport(Transport):
             self._remove(peer)
             events.append(PeerLost(peer, reason))
         return events
+
+    def _check_flying(self) -> None:
+        for op, (peer, handle) in list(self._ops.flying.items()):
+            try:
+                state = self._agent.check_xfer_state(handle)
+            except _NIXL_ERRORS as error:
+                self._ops.settle(op, self._error(peer, error, f"operation {op} failed"))
+            else:
+                self._progressed(op, state)
 
     def fds(self) -> list[int]:
         self._open()
