@@ -35,7 +35,9 @@ class ConnectorSettings(BaseSettings):
     beat_s: float = Field(0.5, gt=0, description="interval of heartbeats between paired workers")
     lease_s: float = Field(10.0, gt=0, description="a silent peer's leases end after this")
     deadline_s: float = Field(120.0, gt=0, description="decode waits this long for one transfer, then computes itself")
-    hold_s: float = Field(30.0, gt=0, description="prefill holds finished KV this long for a grant that does not come")
+    hold_s: float = Field(
+        120.0, gt=0, description="prefill holds KV this long for a grant that does not come or a peer that is silent"
+    )
     pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
 
     min_post_bytes: int = Field(1 << 20, ge=1, description="layers are grouped until a write is this large")

@@ -305,5 +305,5 @@ def decode_note(payload: bytes) -> Note:
 def _decode(decoder: msgspec.msgpack.Decoder[_T], payload: bytes) -> _T:
     try:
         return decoder.decode(payload)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         raise WireError(f"a message of {len(payload)} bytes cannot be read: {error}", code="LMKV-W201") from error

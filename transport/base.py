@@ -1,6 +1,6 @@
 """The contract of a data plane: one-sided extents between registered memories, with notifications.
 
-A transport belongs to one process and moves bytes between its registered memory and its peers'. Calls, in order of life:
+A transport belongs to one process and moves bytes between its registered memory and its peers'. In order of life:
 
     register(region)                 memory becomes readable and writable for connected peers; returns nothing to keep
     export() -> bytes                what a peer needs to connect (name, address, regions): opaque, safe to send
@@ -15,21 +15,23 @@ A transport belongs to one process and moves bytes between its registered memory
 
 Rules every back end keeps, checked by one conformance suite (`tests/transport`):
 
-1. **Ownership of memory.** The caller owns registered memory and keeps it mapped until the process ends: a late write
-   from a peer into unmapped memory kills the process on some back ends. Registration is never undone.
-2. **Completion is the only proof of quiescence.** After `cancel`, after a peer fell silent, after anything, the bytes of
-   an operation may still land at the target until its `Completion` (or the peer's death) has been delivered. A target
-   must quarantine the memory until the writer says that it has seen the Completion.
+1. **Ownership of memory.** The caller owns registered memory and keeps it mapped until the process ends: a late
+   write from a peer into unmapped memory kills the process on some back ends. Registration is never undone.
+2. **Completion is the only proof of quiescence.** After `cancel`, after a peer fell silent, after anything, the bytes
+   of an operation may still land at the target until its `Completion` (or the peer's death) has been delivered. A
+   target must quarantine the memory until the writer says that it has seen the Completion.
 3. **A notification implies its data.** `note` of a write is delivered at the target after all bytes of that write are
    visible there. An empty note means none. Two operations are never ordered with each other.
-4. **Exactly one Completion** per operation, with `error=None` or a TransportError. Then `release(op)`; releasing an
-   operation in flight, twice, or one that never was raises StateError.
+4. **Exactly one Completion** per operation, with `error=None` or a TransportError. After an error its note is never
+   delivered, unless the connection is lost too: then nothing posted later can land either. Then `release(op)`;
+   releasing an operation in flight, twice, or one that never was raises StateError.
 5. **Bounds.** Extents outside registered memory raise ExtentError at the caller before anything moves. Where
-   `capabilities.target_checks_bounds`, the target also refuses them (Completion with ExtentError), whatever the caller claims.
-6. **Death.** When a peer's process dies, its operations complete with PeerLostError, then `PeerLost(peer)` follows. A peer
-   that is stuck or unreachable gives nothing: deadlines are the caller's.
-7. **Names.** `PeerId` is the name given at construction, unique in time (it carries the incarnation). Connecting the same
-   name twice raises StateError; after `disconnect` or PeerLost a new peer with a new name is connected instead.
+   `capabilities.target_checks_bounds`, the target also refuses them (Completion with ExtentError), whatever the
+   caller claims.
+6. **Death.** When a peer's process dies, its operations complete with PeerLostError, then `PeerLost(peer)` follows.
+   A peer that is stuck or unreachable gives nothing: deadlines are the caller's.
+7. **Names.** `PeerId` is the name given at construction, unique in time (it carries the incarnation). Connecting the
+   same name twice raises StateError; after `disconnect` or PeerLost a new peer with a new name is connected instead.
 8. **Thread.** One thread owns a transport: all calls come from it, the first call after construction decides which.
    No call blocks for longer than its own copying.
 """
@@ -146,7 +148,7 @@ class Transport(ABC):
 
     @abstractmethod
     def cancel(self, op: OpId) -> None:
-        """Ask that no more of `op` is started. Its Completion still comes (error or not) and only it proves quiescence."""
+        """Ask that no more of `op` is started. Its Completion still comes, and only it proves quiescence."""
 
     @abstractmethod
     def release(self, op: OpId) -> None:

@@ -23,6 +23,8 @@ from .endpoint import EngineEndpoint
 from .metadata import BlockRange, ExpectSpec, RankReport, StepMeta
 from .params import RequestParams
 
+QUARANTINE_STEPS_S = 60.0
+
 
 class _State(Enum):
     NEW = auto()
@@ -40,6 +42,7 @@ class _Transfer:
     block_ids: tuple[int, ...] = ()
     reports: int = 0
     undrained: int = 0
+    held_s: float = 0.0
     held: list[Any] = field(default_factory=list)
     """Blocks in quarantine: referenced by us until no writer can touch them."""
 
@@ -157,7 +160,15 @@ class DecodeSide:
 
     @property
     def has_news(self) -> bool:
-        return bool(self._expects or self._abandons)
+        """A step is wanted: to tell the workers something, or to learn that a young quarantine is over.
+
+        An idle engine does not step, so it would keep quarantined blocks until its next request. Stepping for them
+        costs CPU; after `QUARANTINE_STEPS_S` they wait for that request.
+        """
+        if self._expects or self._abandons:
+            return True
+        oldest_s = time.monotonic() - QUARANTINE_STEPS_S
+        return any(t.held and t.held_s > oldest_s for t in self._transfers.values())
 
     @property
     def has_pending_frees(self) -> bool:
@@ -217,6 +228,7 @@ class DecodeSide:
         if transfer.held or self._block_pool is None:
             return
         transfer.held = [self._block_pool.blocks[i] for i in transfer.block_ids]
+        transfer.held_s = time.monotonic()
         self._block_pool.touch(transfer.held)
         self._book.count("quarantined_blocks", len(transfer.held))
 

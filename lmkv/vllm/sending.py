@@ -13,7 +13,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError, TransferError, TransportError
-from lmkv.ids import Epoch, Rank, RequestId, TransferId
+from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.outgoing import SenderLimits
 from lmkv.transfer.plan import KvMap, extents_for, runs_for
@@ -35,7 +35,7 @@ class _Source:
 
     trace: SendTrace
     block_ids: tuple[list[int], ...]
-    grants: dict[Epoch, wire.Grant] = field(default_factory=dict)
+    grants: dict[tuple[Incarnation, Epoch], wire.Grant] = field(default_factory=dict)
     offered: bool = False
 
 
@@ -125,11 +125,14 @@ class Sending:
             logger.warning("grant of %s dropped: it names %d groups", grant.transfer_id, len(grant.block_ids))
             return
         source = self._source(grant.transfer_id)
-        source.grants[grant.epoch] = grant
-        source.trace.granted_s = now_s
+        # Of a duplicate, or of one that the machine refuses, the block ids must not replace those in use.
+        source.grants.setdefault((grant.incarnation, grant.epoch), grant)
+        source.trace.granted_s = source.trace.granted_s or now_s
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
         peer = ev.Peer(grant.incarnation, self._rank)
         self.handle(ev.Granted(peer, grant.transfer_id, grant.epoch, blocks), now_s)
+        if not self._machine.is_open(grant.transfer_id):
+            self._sources.pop(grant.transfer_id, None)  # late: it was answered from the tombstone
 
     def cancel_came(self, message: wire.Cancel, now_s: float) -> None:
         peer = ev.Peer(message.incarnation, message.rank)
@@ -211,7 +214,7 @@ class Sending:
         pal = self._peers.find(action.peer.incarnation)
         if pal is None:
             raise TransferError(f"peer {action.peer.incarnation} is not connected")
-        rect, grant = action.rect, source.grants[action.epoch]
+        rect, grant = action.rect, source.grants[action.peer.incarnation, action.epoch]
         target_map = self._peer_maps.get(pal.transport_id)
         if target_map is None:
             target_map = self._peer_maps[pal.transport_id] = KvMap.from_card(pal.worker)
@@ -268,7 +271,7 @@ class Sending:
             return
         trace = source.trace
         trace.finished_s, trace.outcome, trace.reason = now_s, action.outcome.value, action.reason
-        grant = source.grants[max(source.grants)] if source.grants else None
+        grant = max(source.grants.values(), key=lambda g: g.epoch, default=None)
         pal = self._peers.find(grant.incarnation) if grant is not None else None
         if pal is not None:
             trace.clock_offset_s = pal.clock_offset_s
