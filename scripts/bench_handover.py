@@ -85,6 +85,7 @@ async def _run(bench: Bench) -> dict[str, Any]:
             "alive_together": [["plain", *group] for group in groups],
             "client_nice": os.nice(0),
             "link_mbit": None if facts is None else round(facts.rate_mbit, 3),
+            "spinners": "idle" if options.idle_spinners else "shipped",
             "lmkv_transport": options.settings.lmkv_transport,
             "engine_arguments": list(options.settings.engine_arguments),
             **bench.notes,
@@ -134,6 +135,13 @@ def parse(arguments: list[str] | None) -> Options:
         choices=("auto", "serial", "concurrent"),
         default="auto",
         help="how a push pair is asked; auto: the faster way, as measured before the rounds",
+    )
+    add(
+        "--spinners",
+        choices=("shipped", "idle"),
+        default="shipped",
+        help="threads that spin while their engine is idle (the in-tree connectors' progress threads): as shipped they "
+        "share the engine's core; idle: they run only when it has nothing else to do, as if they had one of their own",
     )
     add(
         "--alive",
@@ -198,6 +206,7 @@ def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Opti
         link,
         given.push_dispatch,
         given.alive,
+        given.spinners == "idle",
         settings,
         given.text,
         given.out,
@@ -214,23 +223,31 @@ def _client_like_a_host() -> None:
         os.nice(CLIENT_NICE)
 
 
-async def _until_signal(options: Options) -> dict[str, Any]:
+async def _until_signal(options: Options, received: list[signal.Signals]) -> dict[str, Any]:
     """A signal cancels the run, whose clean-up then ends the engines; further signals do not disturb it."""
     work = asyncio.ensure_future(run(options))
     loop = asyncio.get_running_loop()
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        work.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        loop.add_signal_handler(number, work.cancel)
+        loop.add_signal_handler(number, stop, number)
     return await work
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     _client_like_a_host()
+    received: list[signal.Signals] = []
     try:
-        result = asyncio.run(_until_signal(options))
+        result = asyncio.run(_until_signal(options, received))
     except asyncio.CancelledError:
-        progress("stopped by a signal; engines and namespaces are gone")
-        return 130
+        if not received:
+            raise
+        progress(f"stopped by {received[0].name}; engines and namespaces are gone")
+        return 128 + received[0]
     except BenchError as error:
         print(f"bench_handover: {error}\nEngine logs: {options.log_folder}", file=sys.stderr)
         return 1

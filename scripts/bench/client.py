@@ -6,9 +6,10 @@ keep-alive time would close an idle one under our hands.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,16 @@ def connect() -> aiohttp.ClientSession:
         connector=aiohttp.TCPConnector(force_close=True),
         timeout=aiohttp.ClientTimeout(total=REQUEST_DEADLINE_S),
     )
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    try:
+        yield
+    except TimeoutError:
+        raise BenchError(f"{url} did not answer within {REQUEST_DEADLINE_S:.0f} s") from None
+    except aiohttp.ClientError as error:
+        raise BenchError(f"{url}: {error!r}; did its engine end? see its log") from None
 
 
 def _body(prompt: Sequence[int], max_tokens: int, kv_transfer_params: dict[str, Any] | None) -> dict[str, Any]:
@@ -64,20 +75,21 @@ async def stream(
     first_token_s: float | None = None
     text: list[str] = []
     cached_tokens = 0
-    async with session.post(f"{url}/v1/completions", json=body, headers=_headers(request_id)) as response:
-        await _check(response)
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            now_s = time.perf_counter()
-            event = json.loads(line[len(b"data: ") :])
-            if "error" in event:
-                raise BenchError(f"{url} broke off the stream: {event['error']}")
-            if event.get("choices"):
-                first_token_s = now_s if first_token_s is None else first_token_s
-                text.append(event["choices"][0]["text"])
-            details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
-            cached_tokens = details.get("cached_tokens") or cached_tokens
+    with _explained(url):
+        async with session.post(f"{url}/v1/completions", json=body, headers=_headers(request_id)) as response:
+            await _check(response)
+            async for line in response.content:
+                if not line.startswith(b"data: {"):
+                    continue
+                now_s = time.perf_counter()
+                event = json.loads(line[len(b"data: ") :])
+                if "error" in event:
+                    raise BenchError(f"{url} broke off the stream: {event['error']}")
+                if event.get("choices"):
+                    first_token_s = now_s if first_token_s is None else first_token_s
+                    text.append(event["choices"][0]["text"])
+                details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
+                cached_tokens = details.get("cached_tokens") or cached_tokens
     if first_token_s is None:
         raise BenchError(f"{url} ended the stream without a token")
     return Reply(first_token_s, "".join(text), cached_tokens)
@@ -92,9 +104,10 @@ async def prefill(
 ) -> dict[str, Any]:
     """A prefill engine's part: one token, not streamed. Returns the response's kv_transfer_params."""
     body = _body(prompt, 1, kv_transfer_params)
-    async with session.post(f"{url}/v1/completions", json=body, headers=_headers(request_id)) as response:
-        await _check(response)
-        answer = await response.json()
+    with _explained(url):
+        async with session.post(f"{url}/v1/completions", json=body, headers=_headers(request_id)) as response:
+            await _check(response)
+            answer = await response.json()
     return answer.get("kv_transfer_params") or {}
 
 

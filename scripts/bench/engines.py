@@ -29,6 +29,9 @@ READY_DEADLINE_S = 420.0  # the very first start compiles the model: minutes on 
 STOP_DEADLINE_S = 15.0
 OWNER_VARIABLE = "HANDOVER_BENCH_OWNER_PID"
 POLL_S = 0.05
+SETTLE_S = 2.0
+OBSERVE_S = 1.0
+SPINNING_SHARE = 0.3
 _NICE = os.nice(0)
 KV_CACHE_BYTES = 384 * 2**20
 ENGINE_BYTES = int(2.7 * 2**30)
@@ -136,6 +139,27 @@ class Engine:
                     with contextlib.suppress(ProcessLookupError):
                         os.sched_setaffinity(int(thread), {self.spec.core})
 
+    def thread_cpu_s(self) -> dict[int, float]:
+        """CPU seconds that each of its threads has used."""
+        return {thread: used_s for pid in self.processes() for thread, used_s in _thread_cpu_s(pid)}
+
+    async def spinning_threads(self) -> list[int]:
+        """Threads that keep a core busy while the engine has nothing to do. The engine has to be idle for a while
+        first: vLLM's own workers poll for a second after a request before they sleep."""
+        await asyncio.sleep(SETTLE_S)
+        before, started_s = self.thread_cpu_s(), time.monotonic()
+        await asyncio.sleep(OBSERVE_S)
+        elapsed_s = time.monotonic() - started_s
+        used = self.thread_cpu_s()
+        return [thread for thread in used if used[thread] - before.get(thread, 0.0) > SPINNING_SHARE * elapsed_s]
+
+    @staticmethod
+    def make_idle(threads: Iterable[int]) -> None:
+        """Lets these threads run only while their core has nothing else to do, as if they had a core of their own."""
+        for thread in threads:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+
     def pause(self) -> None:
         self._signal(signal.SIGSTOP)
 
@@ -230,6 +254,15 @@ def _session_members(session: int) -> list[int]:
         if int(after_name[3]) == session and after_name[0] not in "ZX":
             members.append(pid)
     return members
+
+
+def _thread_cpu_s(pid: int) -> list[tuple[int, float]]:
+    found = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{pid}/task"):
+            fields = Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()
+            found.append((int(thread), (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")))
+    return found
 
 
 def _pss_bytes(pid: int) -> int:

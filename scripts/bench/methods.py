@@ -182,9 +182,12 @@ class _Request:
 
     async def ask_both(self, for_prefill: dict[str, Any], for_decode: dict[str, Any], request_id: str) -> client.Reply:
         """At the same moment; when one fails the other is given up as well."""
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self.ask_prefill(for_prefill, request_id))
-            decoding = group.create_task(self.ask_decode(for_decode, request_id))
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.ask_prefill(for_prefill, request_id))
+                decoding = group.create_task(self.ask_decode(for_decode, request_id))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
         return decoding.result()
 
 

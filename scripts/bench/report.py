@@ -124,6 +124,8 @@ def _at_length(found: Sequence[dict[str, Any]], tokens: int) -> dict[str, Any]:
         best = min(peers, key=_overhead)
         flat[f"best_peer_{tokens}"] = best["method"]
         flat[f"overhead_vs_best_peer_{tokens}"] = _ratio(_overhead(ours), _overhead(best))
+        kind = min(peer["overhead_vs_own_ms"]["median"] for peer in peers)
+        flat[f"overhead_vs_best_peer_own_{tokens}"] = _ratio(ours["overhead_vs_own_ms"]["median"], kind)
     return flat
 
 

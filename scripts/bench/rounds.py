@@ -22,6 +22,7 @@ ANSWER_TOKENS = 8
 WARM_TOKENS = 300
 WARM_DEADLINE_S = 60.0
 CALIBRATION_TOKENS = 1025
+NOISY_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class Options:
     link: float | str | None
     push_dispatch: str
     alive: str
+    idle_spinners: bool
     settings: Settings
     text: Path
     out: Path | None
@@ -58,6 +60,7 @@ class Bench:
     samples: list[report.Sample] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     _names: int = 0
+    _passes: int = 0
 
     def close(self) -> None:
         if self.engines:
@@ -71,6 +74,10 @@ class Bench:
         """A prompt that no engine has seen."""
         self._names += 1
         return self.prompts.make(f"warm-{self._names}", tokens)
+
+    def _measured(self, repetition: int, tokens: int) -> list[int]:
+        """The same for every method in a round, and new to all of them."""
+        return self.prompts.make(f"{self._passes}-{repetition}", tokens)
 
     async def start(self, *specs: EngineSpec) -> list[Engine]:
         """Side by side, each on its core; then each is warmed with prompts that are long enough (the first forward
@@ -122,9 +129,19 @@ class Bench:
             await self._choose_dispatch(pair)
         for tokens in self.options.lengths:
             await pair.hand_over(self.session, self.fresh(tokens), ANSWER_TOKENS)
+        await self._look_for_spinners(pair)
         for engine in pair.engines:
             engine.pause()
         return pair
+
+    async def _look_for_spinners(self, pair: Pair) -> None:
+        """Progress threads that spin cost an engine on one core half its speed: counted, and with --spinners idle put
+        behind everything else."""
+        found = await asyncio.gather(*(engine.spinning_threads() for engine in pair.engines))
+        for engine, threads in zip(pair.engines, found, strict=True):
+            self.notes.setdefault("spinning_threads", {})[engine.spec.name] = len(threads)
+            if self.options.idle_spinners:
+                engine.make_idle(threads)
 
     async def _choose_dispatch(self, pair: Pair) -> None:
         """The faster way of asking a push pair, unless the user has chosen one."""
@@ -147,7 +164,7 @@ class Bench:
         await self.ask(plain, self.fresh(WARM_TOKENS))
         found = {}
         for tokens in self.options.lengths:
-            ttft_ms, reply = await self.ask(plain, self.prompts.make(f"r{repetition}", tokens))
+            ttft_ms, reply = await self.ask(plain, self._measured(repetition, tokens))
             if reply.cached_tokens:
                 raise BenchError(f"plain vLLM had {reply.cached_tokens} tokens of a new prompt in its cache")
             found[tokens] = (ttft_ms, reply.text)
@@ -160,13 +177,13 @@ class Bench:
         await self.warm_pair(pair)
         found = {}
         for tokens in self.options.lengths:
-            prompt = self.prompts.make(f"r{repetition}", tokens)
+            prompt = self._measured(repetition, tokens)
             sent_bytes = self._sent_bytes()
             done = await pair.hand_over(self.session, prompt, ANSWER_TOKENS)
             sent_bytes = self._sent_bytes() - sent_bytes
             await self.ask(pair.decode, prompt)  # if decode does not keep what it was given, it does from here on
             floor_ms, _ = await self.ask(pair.decode, prompt)
-            own_ms, _ = await self.ask(pair.prefill, self.prompts.make(f"own{repetition}", tokens))
+            own_ms, _ = await self.ask(pair.prefill, self.fresh(tokens))
             found[tokens] = {
                 "ttft_ms": done.ttft_s * 1e3,
                 "own_ms": own_ms,
@@ -184,7 +201,9 @@ class Bench:
 
     async def measure(self, plain: Engine, pairs: Sequence[Pair]) -> None:
         """All rounds; the method that goes first changes from round to round."""
+        self._passes += 1
         for repetition in range(self.options.repetitions):
+            usage = stats.CpuUsage(self._own_cpu_s)
             turn = repetition % (len(pairs) + 1)
             baseline: dict[int, tuple[float, str]] = {}
             found: dict[str, dict[int, dict[str, Any]]] = {}
@@ -197,6 +216,15 @@ class Bench:
             for method, by_length in found.items():
                 self.samples += [self._sample(method, t, repetition, baseline[t], by_length[t]) for t in by_length]
             self._say_round(repetition, baseline, found)
+            share = usage.foreign_share()
+            self.notes.setdefault("foreign_cpu_share", []).append(round(share, 3))
+            if share > NOISY_SHARE:
+                progress(
+                    f"other processes used {share:.0%} of the machine in this round: its times are not to be trusted"
+                )
+
+    def _own_cpu_s(self) -> float:
+        return sum(sum(engine.thread_cpu_s().values()) for engine in self.engines) + time.process_time()
 
     @staticmethod
     def _sample(

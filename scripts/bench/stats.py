@@ -7,7 +7,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+class CpuUsage:
+    """How much of the machine others use while something is measured; `own_s` gives the CPU seconds of ours."""
+
+    def __init__(self, own_s: Callable[[], float]) -> None:
+        self._own_s = own_s
+        self._before_s = _busy_s() - own_s()
+        self._started_s = time.monotonic()
+
+    def foreign_share(self) -> float:
+        """Of all cores' time since the start; time stolen by the hypervisor counts as well."""
+        used_s = _busy_s() - self._own_s() - self._before_s
+        return max(0.0, used_s / (time.monotonic() - self._started_s) / (os.cpu_count() or 1))
+
+
+def _busy_s() -> float:
+    user, nice, system, _, _, irq, soft_irq, steal = map(int, Path("/proc/stat").read_text().split(None, 9)[1:9])
+    return (user + nice + system + irq + soft_irq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def machine() -> dict[str, Any]:

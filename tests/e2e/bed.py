@@ -147,13 +147,14 @@ class Router:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_live(self) -> None:
+    def wait_ready(self) -> None:
+        """Until it has found its engines alive and their pairs ready."""
         deadline = time.monotonic() + 60
         while True:
             self.proc.check()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/healthz", timeout=5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/readyz", timeout=5):
                 return
-            assert time.monotonic() < deadline, f"{self.proc.name} does not listen:\n{self.proc.tail()}"
+            assert time.monotonic() < deadline, f"{self.proc.name} is not ready:\n{self.proc.tail()}"
             time.sleep(0.1)
 
 
@@ -257,7 +258,7 @@ class Client:
                 assert response.status == 200
 
 
-async def eventually(probe: Callable[[], Awaitable[Any]], what: str, deadline_s: float = 40.0) -> Any:
+async def eventually(probe: Callable[[], Awaitable[Any]], what: str, deadline_s: float = 90.0) -> Any:
     """The first truthy answer of `probe`; fails after the deadline."""
     until = time.monotonic() + deadline_s
     while True:

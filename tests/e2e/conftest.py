@@ -1,4 +1,4 @@
-"""Two beds of real engines: one for the session with real weights, one with a tiny model on two ranks a side."""
+"""Two beds of real engines: this one with real weights; test_ranks has one with a tiny model on two ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Bed:
     dumps: Path
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
     """Chunked prefill (512 tokens a step), a decode engine with few blocks, a plain engine to compare with.
 
@@ -43,7 +43,7 @@ def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bed]:
             engine.wait_ready()
         router = Router.start("router", run, [prefill], [decode])
         with stopping(router):
-            router.wait_live()
+            router.wait_ready()
             yield Bed(prefill, decode, plain, router, dumps)
 
 

@@ -26,7 +26,6 @@ TINY = "tiny-llama"
 class Tiny:
     prefill: Engine
     decode: Engine
-    other: Engine
     dumps: Path
     run: Path
 
@@ -35,7 +34,7 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     run = tmp_path_factory.mktemp("tiny")
     dumps = run / "dumps"
-    env = {"LMKV_DEBUG_DUMP_DIR": str(dumps), "LMKV_LEASE_S": "4"}
+    env = {"LMKV_DEBUG_DUMP_DIR": str(dumps), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     common = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--tensor-parallel-size", "2")
     names = ("--served-model-name", TINY)
     prefill = Engine.start("tiny-prefill", "prefill", run, *common, *names, model=TINY, env=env)
@@ -43,10 +42,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     with stopping(prefill, decode):
         prefill.wait_ready()
         decode.wait_ready()
-        other = Engine.start("tiny-other", "prefill", run, "--dtype", "float32", *names, model="tiny-other")
-        with stopping(other):
-            other.wait_ready()
-            yield Tiny(prefill, decode, other, dumps, run)
+        yield Tiny(prefill, decode, dumps, run)
+
+
+@pytest.fixture
+def other(tiny: Tiny) -> Iterator[Engine]:
+    """A prefill engine of the same geometry with other weights."""
+    args = ("--dtype", "float32", "--served-model-name", TINY)
+    engine = Engine.start("tiny-other", "prefill", tiny.run, *args, model="tiny-other", core="0")
+    with stopping(engine):
+        engine.wait_ready()
+        yield engine
 
 
 @pytest.fixture
@@ -55,25 +61,10 @@ async def client() -> Any:
         yield Client(session, TINY)
 
 
-async def test_wrong_weights_are_refused_by_name(tiny: Tiny, client: Client) -> None:
-    """The pair is refused, the message names the field, and a request that asks for it is computed by decode."""
-    control = ControlClient()
-    try:
-        met = await control.meet(tiny.decode.control, tiny.other.control, deadline_s=20)
-    finally:
-        await control.close()
-    assert "'weights'" in met.refused and "same weight files" in met.refused
-    params = {"transfer_id": "1" * 32, "role": "decode", "peer": {"address": tiny.other.control}}
-    ids = await client.tokens(tiny.decode, PROSE)
-    reply = await client.complete(tiny.decode.url, ids[:300], kv_transfer_params={"lmkv": params})
-    alone = await client.complete(tiny.decode.url, ids[:300])
-    assert reply.status == 200 and reply.text == alone.text
-
-
 async def test_two_ranks_each_push_their_heads(tiny: Tiny, client: Client) -> None:
     router = Router.start("tiny-router", tiny.run, [tiny.prefill], [tiny.decode])
     with stopping(router):
-        router.wait_live()
+        router.wait_ready()
         ids = (await client.tokens(tiny.decode, PROSE))[:1000]
         reply = await client.complete(router.url, ids)
         attempt = await client.explain(router, reply.request_id)
@@ -93,7 +84,7 @@ async def test_two_ranks_each_push_their_heads(tiny: Tiny, client: Client) -> No
 
 
 async def test_prefill_killed_in_mid_push(tiny: Tiny, client: Client) -> None:
-    """Decode notices, computes the prompt itself, answers the same, and loses no block. The last test of the bed."""
+    """Decode notices, computes the prompt itself, answers the same, and loses no block. From here on the bed has no prefill."""
     ids = (await client.tokens(tiny.decode, PROSE + PROSE))[:3800]
     expected = await client.complete(tiny.decode.url, ids)
     await client.reset_cache(tiny.decode)
@@ -113,10 +104,25 @@ async def test_prefill_killed_in_mid_push(tiny: Tiny, client: Client) -> None:
         assert not sending.done(), "prefill was faster than the test"
         return await client.metric(tiny.prefill, "vllm:num_requests_running") > 0
 
-    await eventually(pushing, "prefill to run", 20)
+    await eventually(pushing, "prefill to run")
     for pid in tiny.prefill.pids():
         os.kill(pid, signal.SIGKILL)
-    reply = await asyncio.wait_for(receiving, 60)
+    reply = await asyncio.wait_for(receiving, 120)
     await asyncio.gather(sending, return_exceptions=True)
     assert reply.status == 200 and reply.text == expected.text
     await client.all_blocks_free(tiny.decode)
+
+
+async def test_wrong_weights_are_refused_by_name(tiny: Tiny, other: Engine, client: Client) -> None:
+    """The pair is refused, the message names the field, and a request that asks for it is computed by decode."""
+    control = ControlClient()
+    try:
+        met = await control.meet(tiny.decode.control, other.control, deadline_s=60)
+    finally:
+        await control.close()
+    assert "'weights'" in met.refused and "same weight files" in met.refused
+    params = {"transfer_id": "1" * 32, "role": "decode", "peer": {"address": other.control}}
+    ids = await client.tokens(tiny.decode, PROSE)
+    reply = await client.complete(tiny.decode.url, ids[:300], kv_transfer_params={"lmkv": params})
+    alone = await client.complete(tiny.decode.url, ids[:300])
+    assert reply.status == 200 and reply.text == alone.text
