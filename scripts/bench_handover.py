@@ -149,6 +149,12 @@ def parse(arguments: list[str] | None) -> Options:
         default="auto",
         help="pairs that are alive at once (19 GiB for all three); auto: all where memory allows",
     )
+    _add_engine_arguments(parser)
+    return _checked(parser, parser.parse_args(arguments))
+
+
+def _add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--model",
         type=Path,
@@ -167,7 +173,6 @@ def parse(arguments: list[str] | None) -> Options:
         help="passed to every engine as it is, e.g. --engine-arg=--max-num-batched-tokens=512; may be repeated",
     )
     add("--logs", type=Path, metavar="DIR", help="keep the engines' logs there (default: a temporary folder)")
-    return _checked(parser, parser.parse_args(arguments))
 
 
 def _checked(parser: argparse.ArgumentParser, given: argparse.Namespace) -> Options:
