@@ -78,7 +78,10 @@ class LmkvMover(Mover):
     def move(self, local: Table, remote: Table) -> None:
         transport = self.transport
         op = transport.write(self.peer, Extents(local), Extents(remote), NOTE)
+        fds = transport.fds()
         while True:
+            if fds:
+                select.select(fds, [], [])
             for event in transport.poll():
                 if isinstance(event, Completion) and event.op == op:
                     if event.error:
@@ -87,6 +90,9 @@ class LmkvMover(Mover):
                     return
 
     def turn(self, pipe: Connection) -> None:
+        # With descriptors an owner waits on them, as raw_socket does; without, it has to spin.
+        if fds := self.transport.fds():
+            select.select([*fds, pipe], [], [])
         self.transport.poll()
 
     def idle(self, until_s: float) -> None:
