@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
 from pathlib import Path
 
@@ -24,13 +23,19 @@ def settings_table() -> str:
 
 def errors_table() -> str:
     lines = ["| code | error | meaning |", "|---|---|---|"]
-    classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if issubclass(c, errors.LmkvError)]
     meanings = _meanings()
-    lines += [
-        f"| `{error.code}` | `{error.__name__}` | {meanings.get(error.__name__, 'any error of lmkv')} |"
-        for error in sorted(classes, key=lambda c: c.code)
-    ]
+    for error in sorted(_family(errors.LmkvError), key=lambda c: (c.code, c.__name__)):
+        said = meanings.get(error.__name__) or (error.__doc__ or "any error of lmkv").strip().splitlines()[0]
+        lines.append(f"| `{error.code}` | `{error.__name__}` | {said} |")
     return "\n".join(lines)
+
+
+def _family(error: type[errors.LmkvError]) -> set[type[errors.LmkvError]]:
+    """The class and all its subclasses, of the modules that define errors of their own too."""
+    import lmkv.control.client
+    import lmkv.router.replies  # noqa: F401
+
+    return {error}.union(*(_family(child) for child in error.__subclasses__()))
 
 
 def _meanings() -> dict[str, str]:

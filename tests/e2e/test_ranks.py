@@ -84,7 +84,7 @@ async def test_two_ranks_each_push_their_heads(tiny: Tiny, client: Client) -> No
 
 
 async def test_prefill_killed_in_mid_push(tiny: Tiny, client: Client) -> None:
-    """Decode notices, computes the prompt itself, answers the same, and loses no block. From here on the bed has no prefill."""
+    """Decode notices, computes the prompt itself, answers the same, loses no block. No prefill is left then."""
     ids = (await client.tokens(tiny.decode, PROSE + PROSE))[:3800]
     expected = await client.complete(tiny.decode.url, ids)
     await client.reset_cache(tiny.decode)
