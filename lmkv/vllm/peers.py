@@ -1,7 +1,8 @@
 """A worker's peers: connecting, warming, heartbeats, and the two ways of losing one.
 
 Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease, and *dead* only when
-the data plane has proved it (PeerLost); a broken control connection makes us probe with a write.
+the data plane has proved it (PeerLost); a broken control connection makes us probe with a write. A peer that is lost
+without proof stays connected and is probed on: its proven death is what ends the quarantine of blocks granted to it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
-from lmkv.errors import StateError, TransportError
+from lmkv.errors import TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.transfer.events import Peer
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
@@ -21,6 +22,9 @@ from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 0.1
+DEPARTED_PROBE_S = 1.0
+DEPARTED_S = 600.0
+"""A peer lost without proof is probed and kept connected for so long."""
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class _Pal:
     round_trip_s: float = float("inf")
     suspected: bool = False
     probe_s: float = 0.0
+    parted_s: float = 0.0
 
 
 class Peers:
@@ -65,6 +70,7 @@ class Peers:
         self._by_transport: dict[PeerId, Incarnation] = {}
         self._warm_ops: dict[OpId, Incarnation] = {}
         self._addresses: dict[Incarnation, str] = {}
+        self._departed: dict[Incarnation, _Pal] = {}
         self._leaving: set[PeerId] = set()
 
     # --- questions ---
@@ -75,7 +81,7 @@ class Peers:
 
     @property
     def warming(self) -> bool:
-        return bool(self._warm_ops)
+        return any(incarnation in self._pals for incarnation in self._warm_ops.values())
 
     def find(self, incarnation: Incarnation) -> _Pal | None:
         return self._pals.get(incarnation)
@@ -100,8 +106,10 @@ class Peers:
                 self._tell_engine(message.engine_address, card.incarnation, "")
             return
         worker = card.workers[self._rank]
+        departed = self._departed.pop(card.incarnation, None)
         try:
-            transport_id = self._connect(worker)
+            self._let_go()
+            transport_id = departed.transport_id if departed else self._transport.connect(worker.export)
         except TransportError as error:
             self._tell_engine(message.engine_address, card.incarnation, f"cannot connect to {worker.address}: {error}")
             return
@@ -113,32 +121,15 @@ class Peers:
             self._addresses.pop(next(iter(self._addresses)))
         self._warm(pal)
 
-    def _connect(self, worker: wire.WorkerCard) -> PeerId:
-        self._let_go()
-        try:
-            return self._transport.connect(worker.export)
-        except StateError:
-            # Dismissed before, but operations in flight kept the connection: take it up again.
-            known = self._transport_id_of(worker)
-            if known is None:
-                raise
-            self._leaving.discard(known)
-            return known
-
-    def _transport_id_of(self, worker: wire.WorkerCard) -> PeerId | None:
-        for transport_id in self._leaving:
-            incarnation = self._by_transport.get(transport_id)
-            if incarnation is not None and self._addresses.get(incarnation) == worker.address:
-                return transport_id
-        return None
-
     def _warm(self, pal: _Pal) -> None:
-        """The first transfer of a pair wires it up, which costs hundreds of milliseconds: not with a request."""
+        """A write that nobody reads. The first of a pair wires it up: hundreds of ms that no request should pay."""
         remote = Extents.of((pal.worker.scratch_address, self._scratch.total_bytes), kind=MemoryKind.DRAM)
+        note = wire.encode(wire.WarmNote(self._own))
         try:
-            op = self._transport.write(pal.transport_id, self._scratch, remote, wire.encode(wire.WarmNote(self._own)))
+            op = self._transport.write(pal.transport_id, self._scratch, remote, note)
         except TransportError as error:
-            self._lose(pal, dead=False, reason=f"warming failed: {error}")
+            # A death is told by PeerLost with the next poll, anything else ends as silence.
+            logger.debug("peer %r cannot be reached: %s", pal.card.name, error)
             return
         self._warm_ops[op] = pal.card.incarnation
 
@@ -164,25 +155,46 @@ class Peers:
 
     def dismiss(self, incarnation: Incarnation, dead: bool) -> None:
         pal = self._pals.pop(incarnation, None)
-        if pal is None:
-            return
-        self._gone(pal.peer, dead)
-        self._leave(pal)
+        if pal is not None:
+            self._part(pal, dead)
 
     def transport_lost(self, transport_id: PeerId, reason: str) -> None:
         """The data plane has proved the peer dead."""
         incarnation = self._by_transport.pop(transport_id, None)
         self._leaving.discard(transport_id)
-        pal = self._pals.get(incarnation) if incarnation is not None else None
-        if pal is not None:
-            self._lose(pal, dead=True, reason=reason)
+        if incarnation is None:
+            return
+        if incarnation in self._pals:
+            self._lose(self._pals[incarnation], dead=True, reason=reason)
+        elif incarnation in self._departed:
+            pal = self._departed.pop(incarnation)
+            logger.info("peer %r (incarnation %s) is proven dead: %s", pal.card.name, incarnation, reason)
+            self._gone(pal.peer, True)
 
     def _lose(self, pal: _Pal, dead: bool, reason: str) -> None:
         logger.warning("peer %r (incarnation %s) is lost: %s", pal.card.name, pal.card.incarnation, reason)
         self._pals.pop(pal.card.incarnation, None)
-        self._gone(pal.peer, dead)
-        self._leave(pal)
+        self._part(pal, dead)
         self._tell_engine(pal.engine_address, pal.card.incarnation, reason)
+
+    def _part(self, pal: _Pal, dead: bool) -> None:
+        """The pair is over: at once if the peer is dead, else it is probed on."""
+        if dead:
+            self._leave(pal)
+        else:
+            pal.ready, pal.suspected, pal.parted_s = False, False, pal.heard_s
+            self._departed[pal.card.incarnation] = pal
+        self._gone(pal.peer, dead)
+
+    def _probe_departed(self, now_s: float) -> None:
+        probing = set(self._warm_ops.values())
+        for incarnation, pal in list(self._departed.items()):
+            if now_s - pal.parted_s > DEPARTED_S:
+                del self._departed[incarnation]
+                self._leave(pal)
+            elif incarnation not in probing and now_s - pal.probe_s >= DEPARTED_PROBE_S:
+                pal.probe_s = now_s
+                self._warm(pal)
 
     def _leave(self, pal: _Pal) -> None:
         if pal.transport_id in self._by_transport:
@@ -193,8 +205,8 @@ class Peers:
         for transport_id in list(self._leaving):
             try:
                 self._transport.disconnect(transport_id)
-            except StateError:
-                continue  # operations in flight: their end is needed first
+            except TransportError:
+                continue  # operations in flight, whose end is needed first, or a death about to be told
             self._leaving.discard(transport_id)
             self._by_transport.pop(transport_id, None)
 
@@ -222,6 +234,7 @@ class Peers:
         for address in self._outbox.lost():
             for pal in self._pals.values():
                 pal.suspected = pal.suspected or pal.worker.address == address
+        self._probe_departed(now_s)
         for pal in list(self._pals.values()):
             if now_s - pal.heard_s > self._settings.lease_s:
                 self._lose(pal, dead=False, reason=f"silent for {now_s - pal.heard_s:.1f} s")
@@ -235,9 +248,13 @@ class Peers:
 
     def next_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
+        departed_s = DEPARTED_PROBE_S if self._departed else 3600.0
         if not self._pals:
-            return 3600.0
+            return departed_s
         return min(
-            PROBE_EVERY_S if pal.suspected else max(0.0, pal.beat_s + self._settings.beat_s - now_s)
-            for pal in self._pals.values()
+            departed_s,
+            *(
+                PROBE_EVERY_S if pal.suspected else max(0.0, pal.beat_s + self._settings.beat_s - now_s)
+                for pal in self._pals.values()
+            ),
         )

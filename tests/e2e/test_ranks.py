@@ -34,7 +34,7 @@ class Tiny:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tiny]:
     run = tmp_path_factory.mktemp("tiny")
     dumps = run / "dumps"
-    env = {"LMKV_DEBUG_DUMP_DIR": str(dumps), "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    env = {"LMKV_DEBUG_DUMP_DIR": str(dumps), "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     common = ("--dtype", "float32", "--max-num-batched-tokens", "256", "--tensor-parallel-size", "2")
     names = ("--served-model-name", TINY)
     prefill = Engine.start("tiny-prefill", "prefill", run, *common, *names, model=TINY, env=env)
