@@ -159,7 +159,8 @@ class Pair:
         local, remote = tables(shape, self.here["address"], self.there["address"])
         self.target.call("expect", remote=remote)
         self.target.call("serve")
-        return self.initiator.call("move", local=local, remote=remote, times=times)
+        samples: list[float] = self.initiator.call("move", local=local, remote=remote, times=times)
+        return samples
 
     def pause(self) -> None:
         """The target's next command ends its serving."""
