@@ -11,6 +11,7 @@
     │   ├── ExtentError              T404  an extent lies outside registered memory
     │   ├── PeerLostError            T405  the peer died; nothing more of this operation will land
     │   └── StateError               T406  the call does not fit the object's state (double release, closed, …)
+    ├── LayoutError              LMKV-L7xx  a KV layout cannot exist, or cannot be converted
     ├── TransferError            LMKV-X5xx  one transfer went wrong; the request is computed instead
     └── RouterError              LMKV-R6xx  no engine could serve a request
 
@@ -55,6 +56,10 @@ class CompatError(LmkvError):
         self.field = field
         self.ours = ours
         self.theirs = theirs
+
+
+class LayoutError(LmkvError):
+    code = "LMKV-L700"
 
 
 class TransportError(LmkvError):

@@ -176,6 +176,7 @@ class Receiving:
             logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
         self._reports.append(RankReport(tid, action.request_id, action.outcome.value, action.drained, action.reason))
         self._ledgers.append(facts(trace))
+        logger.debug("received: %s", self._ledgers[-1])
 
     def _dump(self, spec: ExpectSpec) -> None:
         for blocks in spec.blocks:

@@ -280,6 +280,7 @@ class Sending:
         elif self._settings.debug_dump_dir and grant is not None:
             self._dump(action.transfer_id, source, grant)
         self._ledgers.append(facts(trace))
+        logger.debug("sent: %s", self._ledgers[-1])
 
     def _dump(self, tid: TransferId, source: _Source, grant: wire.Grant) -> None:
         for group, (lo, ids) in enumerate(zip(grant.first_block, grant.block_ids, strict=True)):

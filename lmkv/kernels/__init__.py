@@ -1,0 +1,14 @@
+"""Conversions of KV between geometries: compiled for CPU and CUDA, with a reference in torch where nothing is compiled.
+
+    convert_blocks(source, target, segments)        blocks of any geometry into blocks of any other
+    pack_pages(source, pages, segments)             blocks into canonical pages; returns the pages' checksums
+    unpack_pages(pages, target, segments)           the reverse; returns the checksums of what it has read
+
+`python -m lmkv.kernels` says what is loaded and proves it.
+"""
+
+from .cache import Cache
+from .ops import convert_blocks, loaded, pack_pages, unpack_pages
+from .selftest import selftest
+
+__all__ = ["Cache", "convert_blocks", "loaded", "pack_pages", "selftest", "unpack_pages"]

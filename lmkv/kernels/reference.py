@@ -1,0 +1,176 @@
+"""The ops in torch, for machines without a compiled library. Slow and simple: index tensors over all elements.
+
+Bit for bit what the kernels do; tests compare all of them with lmkv/oracle.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from lmkv.layout import PartMap
+from lmkv.oracle import WORD_KEY, WORD_PRIME
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.uint8, torch.uint8)
+"""By type index; what is not a float is copied as bytes."""
+_FIELDS = 9
+
+
+def register(keys: Sequence[str]) -> None:
+    """Implement the ops for these dispatch keys (devices)."""
+    for key in keys:
+        torch.library.impl("lmkv::convert_blocks", key.lower(), convert_blocks)
+        torch.library.impl("lmkv::pack_pages", key.lower(), pack_pages)
+        torch.library.impl("lmkv::unpack_pages", key.lower(), unpack_pages)
+
+
+def convert_blocks(
+    source: torch.Tensor,
+    source_layers: torch.Tensor,
+    source_map: Sequence[int],
+    target: torch.Tensor,
+    target_layers: torch.Tensor,
+    target_map: Sequence[int],
+    segments: torch.Tensor,
+    shape: Sequence[int],
+    source_type: int,
+    target_type: int,
+) -> None:
+    parts, *dims = shape[:3]
+    heads = torch.arange(shape[3], device=source.device)
+    from_type, to_type = _DTYPES[source_type], _DTYPES[target_type]
+    block_s, token_s, block_t, token_t = _tokens(segments.to(source.device))
+    for part in range(parts):
+        d = torch.arange(dims[part], device=source.device)
+        at_s = _elements(_map(source_map, part), block_s, heads + shape[4], token_s, d)
+        at_t = _elements(_map(target_map, part), block_t, heads + shape[5], token_t, d)
+        for layer_s, layer_t in zip(source_layers.tolist(), target_layers.tolist(), strict=True):
+            values = _elements_of(source, layer_s, from_type)[at_s]
+            _elements_of(target, layer_t, to_type)[at_t] = values.to(to_type)
+
+
+def pack_pages(
+    source: torch.Tensor,
+    source_layers: torch.Tensor,
+    source_map: Sequence[int],
+    target: torch.Tensor,
+    target_layers: torch.Tensor,
+    target_map: Sequence[int],
+    sums: torch.Tensor,
+    segments: torch.Tensor,
+    shape: Sequence[int],
+    page: Sequence[int],
+    source_type: int,
+    target_type: int,
+) -> None:
+    convert_blocks(
+        source,
+        source_layers,
+        source_map,
+        target,
+        target_layers,
+        target_map,
+        segments,
+        shape,
+        source_type,
+        target_type,
+    )
+    blocks, tokens = _tokens(segments.to(source.device))[2:]
+    _add_sums(target, target_layers, target_map, sums, blocks, tokens, shape, shape[5], page, _DTYPES[target_type])
+
+
+def unpack_pages(
+    source: torch.Tensor,
+    source_layers: torch.Tensor,
+    source_map: Sequence[int],
+    target: torch.Tensor,
+    target_layers: torch.Tensor,
+    target_map: Sequence[int],
+    sums: torch.Tensor,
+    segments: torch.Tensor,
+    shape: Sequence[int],
+    page: Sequence[int],
+    source_type: int,
+    target_type: int,
+) -> None:
+    convert_blocks(
+        source,
+        source_layers,
+        source_map,
+        target,
+        target_layers,
+        target_map,
+        segments,
+        shape,
+        source_type,
+        target_type,
+    )
+    blocks, tokens = _tokens(segments.to(source.device))[:2]
+    _add_sums(source, source_layers, source_map, sums, blocks, tokens, shape, shape[4], page, _DTYPES[source_type])
+
+
+def _map(fields: Sequence[int], part: int) -> PartMap:
+    return PartMap(*fields[part * _FIELDS : (part + 1) * _FIELDS])
+
+
+def _tokens(segments: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Source block, source token, target block, target token of every single token."""
+    table = segments.to(torch.int64)
+    counts = table[:, 4]
+    total = int(counts.sum())
+    within = torch.arange(total, device=table.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    columns = [table[:, i].repeat_interleave(counts) for i in range(4)]
+    return columns[0], columns[1] + within, columns[2], columns[3] + within
+
+
+def _elements(m: PartMap, b: torch.Tensor, h: torch.Tensor, n: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+    """(tokens, heads, dims) element offsets within a layer."""
+    token = m.block * b + m.n1 * (n >> m.tn) + m.n0 * (n & ((1 << m.tn) - 1))
+    dim = m.d1 * (d >> m.td) + m.d0 * (d & ((1 << m.td) - 1))
+    return m.offset + token[:, None, None] + (m.head * h)[None, :, None] + dim[None, None, :]
+
+
+def _elements_of(data: torch.Tensor, layer_offset: int, dtype: torch.dtype) -> torch.Tensor:
+    usable = (data.numel() - layer_offset) // dtype.itemsize * dtype.itemsize
+    return data[layer_offset : layer_offset + usable].view(dtype)
+
+
+def _add_sums(
+    data: torch.Tensor,
+    layers: torch.Tensor,
+    fields: Sequence[int],
+    sums: torch.Tensor,
+    blocks: torch.Tensor,
+    tokens: torch.Tensor,
+    shape: Sequence[int],
+    first_head: int,
+    page: Sequence[int],
+    dtype: torch.dtype,
+) -> None:
+    """As lmkv/oracle.page_sums."""
+    parts, *dims = shape[:3]
+    page_head, page_layer, model_layers, page_tokens = page
+    words = -(-max(dims) * dtype.itemsize // 8)
+    heads = torch.arange(shape[3], device=data.device)
+    word = torch.arange(words, device=data.device)
+    for part in range(parts):
+        at = _elements(
+            _map(fields, part), blocks, heads + first_head, tokens, torch.arange(dims[part], device=data.device)
+        )
+        used = -(-dims[part] * dtype.itemsize // 8)
+        for i, offset in enumerate(layers.tolist()):
+            rows = _elements_of(data, offset, dtype)[at].contiguous().view(torch.uint8)
+            padded = torch.nn.functional.pad(rows, (0, used * 8 - rows.shape[-1])).view(torch.int64)
+            row = ((page_head + heads) * model_layers + page_layer + i) * parts + part
+            index = (row[None, :] * page_tokens + tokens[:, None]) * words
+            mixed = _mix(padded, index[:, :, None] + word[:used])
+            sums.index_add_(0, blocks, mixed.sum(dim=(1, 2)))
+
+
+def _mix(word: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """int64 arithmetic wraps around as uint64's does; only the shift has to be made a logical one."""
+    x = word ^ ((index + 1) * (WORD_KEY - (1 << 64)))
+    x = x ^ ((x >> 32) & 0xFFFFFFFF)
+    x = x * WORD_PRIME
+    return x ^ ((x >> 32) & 0xFFFFFFFF)

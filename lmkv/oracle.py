@@ -1,0 +1,127 @@
+"""What every kernel has to compute, in numpy and as plainly as it can be said. Slow; used by tests and self-tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .layout import Array, Geometry, Segments, part_maps, window
+
+Bytes = NDArray[np.uint8]
+_MASK = (1 << 64) - 1
+WORD_KEY = 0x9E3779B97F4A7C15
+WORD_PRIME = 0x9E3779B1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """A cache in host memory: its bytes, and where in them each layer begins (bytes)."""
+
+    data: Bytes
+    layers: Array
+    geometry: Geometry
+
+    @classmethod
+    def of(cls, data: Bytes, geometry: Geometry) -> Place:
+        return cls(data, geometry.layer_offsets_bytes(), geometry)
+
+
+def element_bytes(place: Place, layer: int, part: int, head: int, blocks: Array, tokens: Array) -> Array:
+    """(len(tokens), D): the byte offset of every number of one layer, part and head at (blocks[i], tokens[i])."""
+    g = place.geometry
+    dims = np.arange(g.parts[part], dtype=np.int64)
+    elements = part_maps(g)[part].element(blocks[:, None], np.int64(head), tokens[:, None], dims[None, :])
+    return np.asarray(place.layers[layer] + elements * g.width)
+
+
+def _tokens(segments: Segments) -> tuple[Array, Array, Array, Array]:
+    """Source block, source token, target block, target token of every single token."""
+    table = segments.astype(np.int64)
+    counts = table[:, 4]
+    within = np.arange(counts.sum(), dtype=np.int64) - np.repeat(np.cumsum(counts) - counts, counts)
+    return (
+        np.repeat(table[:, 0], counts),
+        np.repeat(table[:, 1], counts) + within,
+        np.repeat(table[:, 2], counts),
+        np.repeat(table[:, 3], counts) + within,
+    )
+
+
+def convert(source: Place, target: Place, segments: Segments) -> None:
+    """Copy the heads and layers that both places share, token by token, into `target.data`."""
+    w = window(source.geometry, target.geometry)
+    sb, sn, tb, tn = _tokens(segments)
+    for layer in range(w.layers):
+        for part in range(len(source.geometry.parts)):
+            for head in range(w.heads):
+                at_s = element_bytes(source, w.source_layer + layer, part, w.source_head + head, sb, sn)
+                at_t = element_bytes(target, w.target_layer + layer, part, w.target_head + head, tb, tn)
+                raw = source.data[at_s[..., None] + np.arange(source.geometry.width)]
+                out = cast(raw, source.geometry.dtype, target.geometry.dtype)
+                target.data[at_t[..., None] + np.arange(target.geometry.width)] = out
+
+
+def page_sums(page: Place, segments: Segments, *, pages_are_source: bool = False) -> NDArray[np.uint64]:
+    """(pages,): the checksum of the rows that the segments touch, by page. See csrc/include/lmkv/checksum.h."""
+    g = page.geometry
+    sb, sn, tb, tn = _tokens(segments)
+    blocks, tokens = (sb, sn) if pages_are_source else (tb, tn)
+    words = row_words(g)
+    sums = np.zeros(g.blocks, dtype=np.uint64)
+    for layer in range(g.layers):
+        for part in range(len(g.parts)):
+            for head in range(g.heads):
+                at = element_bytes(page, layer, part, head, blocks, tokens)
+                rows = page.data[at[..., None] + np.arange(g.width)].reshape(len(blocks), -1)
+                padded = np.zeros((len(blocks), words * 8), dtype=np.uint8)
+                padded[:, : rows.shape[1]] = rows
+                row = ((g.first_head + head) * g.model_layers + g.first_layer + layer) * len(g.parts) + part
+                index = ((row * g.block_tokens + tokens) * words)[:, None] + np.arange(words)
+                used = -(-rows.shape[1] // 8)
+                mixed = mix(padded.view("<u8"), index.astype(np.uint64))[:, :used]
+                np.add.at(sums, blocks, mixed.sum(axis=1, dtype=np.uint64))
+    return sums
+
+
+def row_words(g: Geometry) -> int:
+    """8-byte words of the longest part's row."""
+    return -(-max(g.parts) * g.width // 8)
+
+
+def mix(word: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        x = word ^ ((index + np.uint64(1)) * np.uint64(WORD_KEY))
+        x = x ^ (x >> np.uint64(32))
+        x = x * np.uint64(WORD_PRIME)
+        return np.asarray(x ^ (x >> np.uint64(32)))
+
+
+def cast(raw: Bytes, source: str, target: str) -> Bytes:
+    """(..., source width) bytes to (..., target width), rounded to nearest even."""
+    return raw if source == target else from_float(to_float(raw, source), target)
+
+
+def to_float(raw: Bytes, dtype: str) -> NDArray[np.float32]:
+    raw = np.ascontiguousarray(raw)
+    if dtype == "bfloat16":
+        bits = raw.view("<u2")[..., 0].astype(np.uint32) << 16
+        return bits.view(np.float32)
+    kinds: dict[str, Any] = {"float16": "<f2", "float32": "<f4"}
+    return raw.view(kinds[dtype])[..., 0].astype(np.float32)
+
+
+def from_float(value: NDArray[np.float32], dtype: str) -> Bytes:
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32)
+        rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        quiet = ((bits >> 16) | 0x40).astype(np.uint16)
+        out = np.where(np.isnan(value), quiet, rounded).astype("<u2")
+    elif dtype == "float16":
+        with np.errstate(over="ignore"):
+            out = value.astype("<f2")
+    else:
+        out = value.astype("<f4")
+    return out[..., None].view(np.uint8)
