@@ -77,8 +77,8 @@ uint64_t row_sums(const Convert& c, const Piece& p, int64_t head, int64_t layer,
     uint64_t sum = 0;
     for (int64_t n = 0; n < p.tokens; ++n) {
         const int64_t token = (at_source ? p.source_token : p.target_token) + n;
-        const uint8_t* row = at_source ? p.source + token_offset(p.from, token) * width
-                                       : p.target + token_offset(p.to, token) * width;
+        const uint8_t* row =
+            at_source ? p.source + token_offset(p.from, token) * width : p.target + token_offset(p.to, token) * width;
         uint64_t index = row_word(c.page, head, layer, part, token);
         for (int64_t at = 0; at < bytes; at += 8, ++index) {
             uint64_t word = 0;
@@ -103,7 +103,8 @@ void convert(const Convert& c, const ConvertData& d, int64_t lo, int64_t hi) {
                     const PartMap& from = c.source[part];
                     const PartMap& to = c.target[part];
                     const Piece piece{
-                        d.source + d.source_layers[l] + area_offset(from, s.source_block, c.source_head + h) * from_width,
+                        d.source + d.source_layers[l] +
+                            area_offset(from, s.source_block, c.source_head + h) * from_width,
                         d.target + d.target_layers[l] + area_offset(to, s.target_block, c.target_head + h) * to_width,
                         from,
                         to,

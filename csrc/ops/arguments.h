@@ -27,7 +27,8 @@ inline std::vector<PartMap> part_maps(const Ints& fields, int64_t parts, const c
         const int64_t* f = fields.data() + i * kPartMapFields;
         for (int k = 0; k < kPartMapFields; ++k) STD_TORCH_CHECK(f[k] >= 0, side, " map has a negative field");
         STD_TORCH_CHECK(f[7] < 31 && f[8] < 31, side, " map has a tile of 2^31 or more");
-        maps.push_back({f[0], f[1], f[2], f[3], f[4], f[5], f[6], static_cast<int32_t>(f[7]), static_cast<int32_t>(f[8])});
+        maps.push_back(
+            {f[0], f[1], f[2], f[3], f[4], f[5], f[6], static_cast<int32_t>(f[7]), static_cast<int32_t>(f[8])});
     }
     return maps;
 }
@@ -44,8 +45,8 @@ inline void check_range(const char* side, const Tensor& data, const int64_t* lay
                         int64_t last_token) {
     for (int64_t p = 0; p < c.parts; ++p) {
         const PartMap& m = maps[p];
-        const int64_t last = area_offset(m, last_block, first_head + c.heads - 1) + largest(last_token, m.n1, m.n0, m.tn) +
-                             largest(c.dims[p] - 1, m.d1, m.d0, m.td);
+        const int64_t last = area_offset(m, last_block, first_head + c.heads - 1) +
+                             largest(last_token, m.n1, m.n0, m.tn) + largest(c.dims[p] - 1, m.d1, m.d0, m.td);
         const int64_t end_bytes = (last + 1) * width_of(type);
         for (int64_t i = 0; i < layer_count; ++i) {
             STD_TORCH_CHECK(layers[i] >= 0 && layers[i] + end_bytes <= data.numel(), side, " of ", data.numel(),
@@ -61,9 +62,9 @@ inline void check_bytes(const Tensor& t, const char* name) {
 }
 
 inline const int64_t* layer_offsets(const Tensor& t, const char* name) {
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1 &&
-                        t.is_contiguous(),
-                    name, " must be a contiguous int64 CPU tensor of one dimension");
+    STD_TORCH_CHECK(
+        t.is_cpu() && t.scalar_type() == torch::headeronly::ScalarType::Long && t.dim() == 1 && t.is_contiguous(), name,
+        " must be a contiguous int64 CPU tensor of one dimension");
     return static_cast<const int64_t*>(t.data_ptr());
 }
 
@@ -93,7 +94,8 @@ inline Request parse(const Tensor& source, const Tensor& source_layers, const In
     c.source_head = static_cast<int32_t>(shape[4]);
     c.target_head = static_cast<int32_t>(shape[5]);
     STD_TORCH_CHECK(c.heads >= 1 && c.dims[0] >= 1 && (c.parts == 1 || c.dims[1] >= 1), "heads and dims start at 1");
-    STD_TORCH_CHECK(source_type >= 0 && source_type <= 5 && target_type >= 0 && target_type <= 5, "unknown element type");
+    STD_TORCH_CHECK(source_type >= 0 && source_type <= 5 && target_type >= 0 && target_type <= 5,
+                    "unknown element type");
     c.source_type = static_cast<Type>(source_type);
     c.target_type = static_cast<Type>(target_type);
     const bool floats = source_type <= 2 && target_type <= 2;
@@ -109,23 +111,26 @@ inline Request parse(const Tensor& source, const Tensor& source_layers, const In
     d.source_layers = layer_offsets(source_layers, "source_layers");
     d.target_layers = layer_offsets(target_layers, "target_layers");
     d.layers = source_layers.numel();
-    STD_TORCH_CHECK(d.layers == target_layers.numel(), "source has ", d.layers, " layers, target ", target_layers.numel());
+    STD_TORCH_CHECK(d.layers == target_layers.numel(), "source has ", d.layers, " layers, target ",
+                    target_layers.numel());
     d.segments = segment_rows(segments);
     d.segment_count = segments.size(0);
     int64_t last[4] = {0, 0, 0, 0}; // source block and token, target block and token
     for (int64_t i = 0; i < d.segment_count; ++i) {
         const Segment& s = d.segments[i];
-        STD_TORCH_CHECK(s.source_block >= 0 && s.source_token >= 0 && s.target_block >= 0 && s.target_token >= 0 &&
-                            s.tokens >= 1,
-                        "segment ", i, " has a negative field or no tokens");
+        STD_TORCH_CHECK(
+            s.source_block >= 0 && s.source_token >= 0 && s.target_block >= 0 && s.target_token >= 0 && s.tokens >= 1,
+            "segment ", i, " has a negative field or no tokens");
         last[0] = s.source_block > last[0] ? s.source_block : last[0];
         last[1] = s.source_token + s.tokens - 1 > last[1] ? s.source_token + s.tokens - 1 : last[1];
         last[2] = s.target_block > last[2] ? s.target_block : last[2];
         last[3] = s.target_token + s.tokens - 1 > last[3] ? s.target_token + s.tokens - 1 : last[3];
     }
     if (d.segment_count > 0) {
-        check_range("source", source, d.source_layers, d.layers, c.source, c, c.source_head, c.source_type, last[0], last[1]);
-        check_range("target", target, d.target_layers, d.layers, c.target, c, c.target_head, c.target_type, last[2], last[3]);
+        check_range("source", source, d.source_layers, d.layers, c.source, c, c.source_head, c.source_type, last[0],
+                    last[1]);
+        check_range("target", target, d.target_layers, d.layers, c.target, c, c.target_head, c.target_type, last[2],
+                    last[3]);
     }
     d.source = static_cast<const uint8_t*>(source.data_ptr());
     d.target = static_cast<uint8_t*>(target.data_ptr());

@@ -53,9 +53,9 @@ static_assert(sizeof(Segment) == 20, "a row of the int32 table of segments");
 
 // Examples, and the first test. Block of 32 tokens, 2 heads, D = 64, K and V.
 namespace example {
-constexpr PartMap kHnd{0, 2 * 32 * 128, 32 * 128, 128, 0, 1, 0, 0, 0};           // LBHNC, K
-constexpr PartMap kNhd{64, 2 * 32 * 128, 128, 2 * 128, 0, 1, 0, 0, 0};           // LBNHC, V
-constexpr PartMap kAmxKey{0, 2 * 32 * 128, 32 * 128, 16 * 64, 2, 32, 1, 4, 1};   // [N/16][D/2][16][2]
+constexpr PartMap kHnd{0, 2 * 32 * 128, 32 * 128, 128, 0, 1, 0, 0, 0};             // LBHNC, K
+constexpr PartMap kNhd{64, 2 * 32 * 128, 128, 2 * 128, 0, 1, 0, 0, 0};             // LBNHC, V
+constexpr PartMap kAmxKey{0, 2 * 32 * 128, 32 * 128, 16 * 64, 2, 32, 1, 4, 1};     // [N/16][D/2][16][2]
 constexpr PartMap kAmxValue{32 * 64, 2 * 32 * 128, 32 * 128, 32, 1, 512, 2, 1, 4}; // [D/16][N/2][16][2]
 static_assert(element(kHnd, 0, 1, 3, 5) == 32 * 128 + 3 * 128 + 5, "HND: head outside token");
 static_assert(element(kNhd, 1, 1, 3, 5) == 64 + 2 * 32 * 128 + 128 + 3 * 256 + 5, "NHD: token outside head");
