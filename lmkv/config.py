@@ -43,6 +43,13 @@ class ConnectorSettings(BaseSettings):
     min_post_bytes: int = Field(1 << 20, ge=1, description="layers are grouped until a write is this large")
     max_post_bytes: int = Field(16 << 20, ge=1, description="a write is not larger than this")
     max_inflight_bytes: int = Field(64 << 20, ge=1, description="window of posted, unfinished bytes per peer")
+    landing_bytes: int = Field(
+        64 << 20, ge=0, description="decode: memory for KV that arrives in another layout and is converted; 0: none"
+    )
+    landing_slot_bytes: int = Field(2 << 20, ge=4096, description="decode: one write in another layout fits in a slot")
+    convert_dtype: bool = Field(
+        False, description="decode: take KV of another dtype and convert it (answers may differ from prefill's dtype)"
+    )
     checksum: bool = Field(True, description="checksum every write of host memory and verify it on arrival")
     min_remote_tokens: int = Field(16, ge=1, description="fewer missing tokens than this are computed by decode itself")
     debug_dump_dir: str = Field("", description="write the KV bytes of every transfer here, on both sides (tests)")

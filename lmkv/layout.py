@@ -221,7 +221,14 @@ class PartMap:
         """Broadcasts."""
         low_n, low_d = (1 << self.tn) - 1, (1 << self.td) - 1
         token = self.n1 * (n >> self.tn) + self.n0 * (n & low_n)
-        return self.offset + self.block * block + self.head * head + token + self.d1 * (d >> self.td) + self.d0 * (d & low_d)
+        return (
+            self.offset
+            + self.block * block
+            + self.head * head
+            + token
+            + self.d1 * (d >> self.td)
+            + self.d0 * (d & low_d)
+        )
 
 
 def part_maps(g: Geometry) -> tuple[PartMap, ...]:

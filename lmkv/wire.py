@@ -15,8 +15,9 @@ import msgspec
 
 from .errors import WireError
 from .ids import EngineName, Epoch, Incarnation, Rank, TransferId
+from .layout import Geometry
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -51,6 +52,12 @@ class WorkerCard(_Message, frozen=True):
     scratch_address: int
     scratch_bytes: int
     """A few registered bytes nobody reads, for warming a pair."""
+    geometries: tuple[Geometry, ...] = ()
+    """How the layers lie, by group; none: the interior is not one that lmkv can convert (direct mode only)."""
+    slots_address: int = 0
+    slots: int = 0
+    slot_bytes: int = 0
+    """Landing mode: slot i is `slot_bytes` at `slots_address + i * slot_bytes`, of the same memory kind."""
 
 
 class EngineCard(_Message, frozen=True):
@@ -67,6 +74,8 @@ class EngineCard(_Message, frozen=True):
     """Tokens a block, by KV cache group."""
     workers: tuple[WorkerCard, ...]
     protocol: int = PROTOCOL
+    convert_dtype: bool = False
+    """Decode takes KV of another dtype and converts it, which changes the numbers."""
 
 
 # --- control plane: pairing ---
@@ -108,12 +117,10 @@ class Refuse(_Message, frozen=True, tag=True):
 
 
 class Introduce(_Message, frozen=True, tag=True):
-    """Engine to its own workers: connect to this peer, warm it, and tell `engine_address` (Introduced)."""
+    """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card."""
 
     card: EngineCard
-    engine_address: str
-    incarnation: Incarnation
-    """The engine's own, which its workers use towards peers."""
+    own: EngineCard
 
 
 class Introduced(_Message, frozen=True, tag=True):
@@ -163,6 +170,19 @@ class Grant(_Message, frozen=True, tag=True):
     first_block: tuple[int, ...]
     block_ids: tuple[tuple[int, ...], ...]
     sent_s: float
+    landing: bool = False
+    """Landing mode: `first_block` and `block_ids` count prefill's blocks, an id other than 0 only says "wanted"; slots
+    to write into come with Credit from decode's ranks."""
+
+
+class Credit(_Message, frozen=True, tag=True):
+    """Landing mode. Decode rank to prefill rank: these slots are yours for one write of this transfer each."""
+
+    incarnation: Incarnation
+    rank: Rank
+    transfer_id: TransferId
+    epoch: Epoch
+    slots: tuple[int, ...]
 
 
 class NotNeeded(_Message, frozen=True, tag=True):
@@ -236,7 +256,7 @@ class Explained(_Message, frozen=True, tag=True):
 
 Control = (
     Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | Beat
-    | Grant | NotNeeded | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+    | Grant | Credit | NotNeeded | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
 )  # fmt: skip
 
 
@@ -261,6 +281,8 @@ class WriteNote(_Message, frozen=True, tag="w"):
     block_hi: int
     payload_bytes: int
     checksum: int
+    slot: int = -1
+    """Landing mode: the slot that holds the bytes."""
 
 
 class SealNote(_Message, frozen=True, tag="s"):

@@ -59,6 +59,24 @@ TINY_GEOMETRY: dict[str, Any] = {
     "initializer_range": 0.1,  # makes attention weigh as much as the residual stream: answers depend on all the KV
 }
 
+MLA_GEOMETRY: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 512,  # with the 64 of rope the one size that vLLM's CPU kernel takes
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+    "q_lora_rank": None,
+    "n_routed_experts": 4,  # of no use: all layers are dense, since the cache is what matters here
+    "first_k_dense_replace": 4,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.1,
+}
+
 
 class FetchError(Exception):
     """What happened · with which values · what to do."""
@@ -159,12 +177,21 @@ def convert_gguf(gguf: Path, target: Path) -> None:
 
 def build_tiny(tokenizer_from: Path, target: Path, seed: int) -> None:
     """A random Llama of TINY_GEOMETRY beside a copy of the tokenizer in `tokenizer_from`. Same seed, same weights."""
+    _build_random(tokenizer_from, target, seed, "Llama", TINY_GEOMETRY)
+
+
+def build_tiny_mla(tokenizer_from: Path, target: Path, seed: int) -> None:
+    """A random DeepSeek-V2 of MLA_GEOMETRY, likewise: its cache is one latent a token (MLA)."""
+    _build_random(tokenizer_from, target, seed, "DeepseekV2", MLA_GEOMETRY)
+
+
+def _build_random(tokenizer_from: Path, target: Path, seed: int, family: str, geometry: dict[str, Any]) -> None:
     torch, transformers = _libraries()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_from)
     if not tokenizer.chat_template:
         tokenizer.chat_template = CHATML
-    config = transformers.LlamaConfig(
-        **TINY_GEOMETRY,
+    config = getattr(transformers, f"{family}Config")(
+        **geometry,
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -172,7 +199,7 @@ def build_tiny(tokenizer_from: Path, target: Path, seed: int) -> None:
     )
     with step(f"making {target.name} (random weights, seed {seed})"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model = getattr(transformers, f"{family}ForCausalLM")(config).to(torch.bfloat16)
         tokenizer.save_pretrained(target)
         model.save_pretrained(target)
 
@@ -202,6 +229,7 @@ MODELS: dict[str, Model] = {
         SMOLLM2,
         Model("tiny", "tiny-llama", lambda m, t: build_tiny(m / SMOLLM2.folder, t, seed=20), "smollm2"),
         Model("tiny-other", "tiny-other", lambda m, t: build_tiny(m / SMOLLM2.folder, t, seed=21), "smollm2"),
+        Model("tiny-mla", "tiny-deepseek", lambda m, t: build_tiny_mla(m / SMOLLM2.folder, t, seed=22), "smollm2"),
     )
 }
 
@@ -264,7 +292,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="fetch_model.py", description="Puts the demo's and the tests' models on disk."
     )
     parser.add_argument(
-        "models", nargs="*", choices=[*MODELS, "all", []], metavar="MODEL", help="smollm2, tiny, tiny-other or all"
+        "models", nargs="*", choices=[*MODELS, "all", []], metavar="MODEL", help="smollm2, tiny, tiny-other, tiny-mla or all"
     )
     parser.add_argument("--dir", type=Path, default=default_models(), help="where (default: $LMKV_MODELS or models/)")
     parser.add_argument("--check", action="store_true", help="only say what is there; exit status 1 if one is missing")

@@ -170,7 +170,7 @@ class Pairing:
             actions.append(ToWorkers(wire.Dismiss(entry.incarnation, dead=False)))
         entry.incarnation, entry.refused = card.incarnation, ""
         self._peers.setdefault(card.incarnation, _Peer(card))
-        return [*actions, ToWorkers(wire.Introduce(card, self.card.address, self.card.incarnation))]
+        return [*actions, ToWorkers(wire.Introduce(card, self.card))]
 
     def _forget(self, incarnation: Incarnation, dead: bool, reason: str, now_s: float) -> list[Action]:
         peer = self._peers.pop(incarnation)

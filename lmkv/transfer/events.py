@@ -99,12 +99,26 @@ class Preempted:
 
 @dataclass(frozen=True, slots=True)
 class Granted:
-    """A Grant arrived. `blocks[g]` = [first, last) request blocks of group g that the grant covers."""
+    """A Grant arrived. `blocks[g]` = [first, last) request blocks of group g that the grant covers.
+
+    `slot_bytes` > 0: landing mode. Nothing is posted without a slot (Credited), and no post is larger than one.
+    """
 
     peer: Peer
     transfer_id: TransferId
     epoch: Epoch
     blocks: tuple[tuple[int, int], ...]
+    slot_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Credited:
+    """Landing mode: the receiver lends these slots to this transfer, for one write each."""
+
+    peer: Peer
+    transfer_id: TransferId
+    epoch: Epoch
+    slots: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +163,8 @@ class PostWrite:
     epoch: Epoch
     seq: int
     rect: Rect
+    slot: int = -1
+    """Where it lands in landing mode; -1: in the granted blocks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,6 +328,7 @@ SenderEvent = (
     | Withdraw
     | Preempted
     | Granted
+    | Credited
     | NotNeededCame
     | CancelCame
     | WriteDone

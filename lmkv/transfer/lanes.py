@@ -21,6 +21,7 @@ class Queued:
     transfer_id: TransferId
     rect: Rect
     attempt: int
+    slot: int = -1
 
 
 @dataclass(slots=True)
@@ -66,16 +67,28 @@ class Lanes:
         return lane
 
     def enqueue(self, transfer: Outgoing, grant: Granted, rects: list[Rect]) -> Lane:
-        """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post."""
+        """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post.
+
+        In landing mode they wait for slots first, so that one transfer without any does not hold up the others."""
         lane = self.of(grant.peer)
         for rect in rects:
             part = clip(rect, grant.blocks[rect.group])
             for piece in transfer.taken.missing(part) if part else ():
                 transfer.taken.add(piece)
-                cuts = self._limits.cuts(piece)
-                lane.queue.extend(Queued(transfer.transfer_id, cut, 0) for cut in cuts)
+                cuts = self._limits.cuts(piece, grant.slot_bytes)
                 transfer.queued += len(cuts)
+                if grant.slot_bytes:
+                    transfer.waiting.extend(cuts)
+                else:
+                    lane.queue.extend(Queued(transfer.transfer_id, cut, 0) for cut in cuts)
+        self.feed(transfer, lane)
         return lane
+
+    @staticmethod
+    def feed(transfer: Outgoing, lane: Lane) -> None:
+        """Landing mode: what waits and has a slot joins the queue."""
+        while transfer.waiting and transfer.slots:
+            lane.queue.append(Queued(transfer.transfer_id, transfer.waiting.popleft(), 0, transfer.slots.popleft()))
 
     def renew(self, peer: Peer, now_s: float) -> Lane:
         """The peer was heard; a dead one stays dead."""

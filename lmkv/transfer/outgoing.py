@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import IntEnum
 from math import inf
@@ -55,9 +56,10 @@ class SenderLimits:
     def granted_cells(self, grant: Granted) -> int:
         return sum(max(0, hi - lo) * n for (lo, hi), n in zip(grant.blocks, self.layers, strict=True))
 
-    def cuts(self, rect: Rect) -> list[Rect]:
+    def cuts(self, rect: Rect, slot_bytes: int = 0) -> list[Rect]:
         """`rect` in pieces that one post may carry."""
-        return split_rect(rect, self.layer_block_bytes[rect.group], self.max_post_bytes)
+        most = min(self.max_post_bytes, slot_bytes) if slot_bytes else self.max_post_bytes
+        return split_rect(rect, self.layer_block_bytes[rect.group], most)
 
 
 class Phase(IntEnum):
@@ -83,6 +85,7 @@ class Flight:
     bytes: int
     attempt: int
     life: int
+    slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,9 @@ class Outgoing:
     grant: Granted | None = None
     taken: Coverage = field(default_factory=Coverage)
     queued: int = 0
+    waiting: deque[Rect] = field(default_factory=deque)
+    slots: deque[int] = field(default_factory=deque)
+    """Landing mode: rectangles without a slot (they count as queued), and slots without a rectangle."""
     flights: dict[int, Flight] = field(default_factory=dict)
     next_seq: int = 0
     writes: int = 0
@@ -130,18 +136,20 @@ class Outgoing:
         """Start over towards `grant`; writes of older epochs that are in flight stay in flight."""
         self.grant = grant
         self.taken = Coverage()
+        self.waiting.clear()
+        self.slots.clear()
         self.queued = self.writes = self.bytes = self.landed_bytes = 0
         self.sealed = False
 
-    def post(self, rect: Rect, size: int, attempt: int) -> PostWrite:
+    def post(self, rect: Rect, size: int, attempt: int, slot: int) -> PostWrite:
         """The next write. A retry is the same rectangle under a new seq, so that the seal stays right."""
         assert self.grant is not None, "only what is granted is posted"
         seq, self.next_seq = self.next_seq, self.next_seq + 1
-        self.flights[seq] = Flight(self.grant.peer, self.grant.epoch, rect, size, attempt, self.life)
+        self.flights[seq] = Flight(self.grant.peer, self.grant.epoch, rect, size, attempt, self.life, slot)
         if attempt == 0:
             self.writes += 1
             self.bytes += size
-        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect)
+        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect, slot)
 
     def verdict(self, limits: SenderLimits) -> str | None:
         """None: not everything is announced or posted yet. "": all granted cells are posted. Else why never."""

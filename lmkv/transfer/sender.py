@@ -18,6 +18,7 @@ from lmkv.ids import TransferId
 from .events import (
     CancelCame,
     Computed,
+    Credited,
     Finished,
     Granted,
     Heard,
@@ -101,6 +102,8 @@ class Sender:
                 self._offer(event, now_s)
             case Granted():
                 self._granted(event, now_s)
+            case Credited():
+                self._credited(event, now_s)
             case PromptDone(tid):
                 self._prompt_done(tid, now_s)
             case Withdraw(tid, reason):
@@ -166,6 +169,8 @@ class Sender:
         transfer.prompt_done_s = None
         for item in dropped:
             transfer.taken.remove(item.rect)
+            if item.slot >= 0:
+                transfer.slots.append(item.slot)
         if any(item.attempt for item in dropped):
             self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
 
@@ -198,6 +203,23 @@ class Sender:
         else:
             self._lanes.enqueue(transfer, grant, transfer.computed.rects())
             self._settle(transfer, now_s)
+
+    def _credited(self, event: Credited, now_s: float) -> None:
+        """Slots of an older epoch, or for a transfer that is ending, are the receiver's again by the end of it."""
+        transfer = self._transfers.get(event.transfer_id)
+        grant = transfer.grant if transfer else None
+        lane = self._lanes.renew(event.peer, now_s)
+        if (
+            transfer is None
+            or grant is None
+            or transfer.phase >= Phase.ENDING
+            or (grant.peer, grant.epoch) != (event.peer, event.epoch)
+        ):
+            self.counters.stray += 1
+        else:
+            transfer.slots.extend(event.slots)
+            self._lanes.feed(transfer, lane)
+        self._pump(lane, now_s)
 
     def _refuse(self, transfer: Outgoing, event: Granted, now_s: float) -> None:
         """A grant that comes too late. What it repeats is answered as before; what is new, as the transfer ended."""
@@ -249,7 +271,7 @@ class Sender:
             transfer.queued -= 1
             lane.inflight_bytes += size
             self.counters.add_post(size)
-            self._out.append(transfer.post(item.rect, size, item.attempt))
+            self._out.append(transfer.post(item.rect, size, item.attempt, item.slot))
             if transfer.queued == 0:
                 self._settle(transfer, now_s)
 
@@ -281,7 +303,7 @@ class Sender:
             return
         self.counters.retries += 1
         transfer.queued += 1
-        lane.queue.appendleft(Queued(transfer.transfer_id, flight.rect, 1))
+        lane.queue.appendleft(Queued(transfer.transfer_id, flight.rect, 1, flight.slot))
 
     # --- ends ---
 
@@ -397,4 +419,6 @@ class Sender:
         if not transfer.queued or transfer.grant is None:
             return []
         transfer.queued = 0
-        return self._lanes.of(transfer.grant.peer).purge(transfer.transfer_id)
+        waiting = [Queued(transfer.transfer_id, rect, 0) for rect in transfer.waiting]
+        transfer.waiting.clear()
+        return self._lanes.of(transfer.grant.peer).purge(transfer.transfer_id) + waiting

@@ -13,6 +13,8 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from lmkv.errors import ConfigError
 from lmkv.ids import Rank
 
+from .geometry import Shard
+
 SUPPORTED = "0.32"
 
 
@@ -37,6 +39,16 @@ def interior_of(vllm_config: Any, kv_caches: dict[str, Any]) -> str:
         isa = getattr(layer, "isa", "")
         kinds.add(f"{back_end}/{isa}" if isa else back_end)
     return ",".join(sorted(kinds))
+
+
+def shard(vllm_config: Any) -> Shard:
+    """This rank's place among the tensor-parallel ranks."""
+    model = vllm_config.model_config
+    return Shard(
+        get_tensor_model_parallel_rank(),
+        vllm_config.parallel_config.tensor_parallel_size,
+        1 if model.use_mla else model.get_total_num_kv_heads(),
+    )
 
 
 def set_up_logging(level: str) -> None:

@@ -135,7 +135,8 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         assert self._worker is not None
-        self._worker.register(kv_caches, compat.interior_of(self._vllm_config, kv_caches))
+        interior = compat.interior_of(self._vllm_config, kv_caches)
+        self._worker.register(kv_caches, interior, compat.shard(self._vllm_config))
 
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         assert self._worker is not None

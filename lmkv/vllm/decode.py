@@ -121,40 +121,50 @@ class DecodeSide:
             return
         first_token = request.num_prompt_tokens - external_tokens
         tables = self._select(blocks.get_block_ids())
-        first_block, granted = [], []
-        for table, n in zip(tables, self._block_tokens, strict=True):
+        ranges = []
+        for group, (table, n) in enumerate(zip(tables, self._block_tokens, strict=True)):
             first, last = first_token // n, -(-request.num_prompt_tokens // n)
             while first < last and table[first] == 0:  # vLLM's null block: behind a sliding window
                 first += 1
-            first_block.append(first)
-            granted.append(tuple(table[first:last]))
-        self._grant(transfer, request, first_token, tuple(first_block), tuple(granted))
+            ranges.append(BlockRange(group, first, tuple(table[first:last])))
+        self._grant(transfer, request, (first_token, request.num_prompt_tokens), tuple(ranges))
 
     def _grant(
-        self,
-        transfer: _Transfer,
-        request: Any,
-        first_token: int,
-        first_block: tuple[int, ...],
-        granted: tuple[tuple[int, ...], ...],
+        self, transfer: _Transfer, request: Any, tokens: tuple[int, int], ranges: tuple[BlockRange, ...]
     ) -> None:
         tid, epoch = transfer.params.transfer_id, Epoch(1)
         _, _, card = self._endpoint.pair(transfer.params.peer_address)
         # The pair may be lost since matched_tokens said READY: then nothing is granted and the load fails at once.
         incarnation = card.incarnation if card is not None else Incarnation("")
+        landing = card is not None and not self._endpoint.is_direct(card)
+        theirs = self._their_blocks(card, ranges, tokens) if card is not None and landing else ()
         now_s = time.monotonic()
-        grant = wire.Grant(
-            self._incarnation, tid, epoch, first_token, request.num_prompt_tokens, first_block, granted, now_s
-        )
+        first_block = tuple(lo for lo, _ in theirs) or tuple(r.lo for r in ranges)
+        wanted = tuple((1,) * (hi - lo) for lo, hi in theirs) or tuple(r.ids for r in ranges)
+        grant = wire.Grant(self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing)
         for worker in card.workers if card is not None else ():
             self._outbox.send(worker.address, grant)
         transfer.state, transfer.loader = _State.LOADING, request.request_id
-        transfer.block_ids = tuple(i for ids in granted for i in ids if i)
-        ranges = tuple(BlockRange(g, lo, ids) for g, (lo, ids) in enumerate(zip(first_block, granted, strict=True)))
-        self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, ranges))
+        transfer.block_ids = tuple(i for r in ranges for i in r.ids if i)
+        self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, ranges, tokens, theirs))
         self._book.update(
-            tid, granted_s=now_s, first_token=first_token, granted_blocks=len(transfer.block_ids), peer=incarnation
+            tid,
+            granted_s=now_s,
+            first_token=tokens[0],
+            granted_blocks=len(transfer.block_ids),
+            peer=incarnation,
+            mode="landing" if landing else "direct",
         )
+
+    def _their_blocks(
+        self, card: wire.EngineCard, ranges: tuple[BlockRange, ...], tokens: tuple[int, int]
+    ) -> tuple[tuple[int, int], ...]:
+        """The blocks of the other engine that hold these tokens, but for what our null blocks leave out."""
+        found = []
+        for blocks, ours, theirs in zip(ranges, self._block_tokens, card.block_tokens, strict=True):
+            first_token = max(tokens[0], blocks.lo * ours)
+            found.append((first_token // theirs, max(first_token // theirs, -(-tokens[1] // theirs))))
+        return tuple(found)
 
     # --- the steps ---
 

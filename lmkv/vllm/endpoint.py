@@ -18,7 +18,7 @@ from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, T
 from lmkv.control.wake import Wake
 from lmkv.obs.ledger import LedgerBook
 
-from .fingerprint import compare
+from .fingerprint import compare, is_direct
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,11 @@ class EngineEndpoint:
                 if new:
                     self._wake.set()
         return state, reason, card
+
+    def is_direct(self, card: wire.EngineCard) -> bool:
+        """KV of that engine is copied verbatim into our blocks."""
+        assert self._pairing is not None
+        return is_direct(self._pairing.card, card)
 
     def tell(self, address: str, message: wire.Control) -> None:
         """Send a message that is in no hurry."""

@@ -1,7 +1,8 @@
 """What two engines must have in common before KV may pass between them.
 
 `must`: the numbers in the cache mean the same (model, weights, dtypes, rope, …); any difference is refused.
-`layout`: how those numbers lie in memory; equal layouts are copied verbatim (direct mode).
+`layout`: how those numbers lie in memory. Equal layouts are copied verbatim into decode's blocks (direct mode); others
+land in slots and are converted (landing mode), or are refused with the reason.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from lmkv import wire
-from lmkv.errors import CompatError
+from lmkv.errors import CompatError, LayoutError
+from lmkv.layout import refusal
+from lmkv.transfer.routes import engine_routes
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
@@ -21,7 +24,7 @@ _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "
 _HINTS = {
     "weights": "both engines must serve the same weight files; compare --model on both",
     "model": "both engines must serve the same model; compare --model and --hf-overrides on both",
-    "dtype": "start both with the same --dtype",
+    "dtype": "start both with the same --dtype, or let decode convert it (convert_dtype)",
     "kv_dtype": "start both with the same --kv-cache-dtype",
     "quantization": "start both with the same --quantization",
     "speculative": "start both with the same --speculative-config",
@@ -84,20 +87,60 @@ def must_match(vllm_config: Any, vllm_version: str) -> dict[str, str]:
     }
 
 
-def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
-    """Raise CompatError, naming the field and what to set, unless `theirs` may exchange KV with `ours`.
+def is_direct(ours: wire.EngineCard, theirs: wire.EngineCard) -> bool:
+    """KV is copied verbatim between these two."""
+    return ours.layout == theirs.layout
 
-    Conversion between layouts does not exist yet, so a differing layout field is refused as well.
-    """
+
+def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
+    """Raise CompatError, naming the field and what to set, unless `theirs` may exchange KV with `ours`."""
     peer = f"engine {theirs.name!r} at {theirs.address}"
     if ours.protocol != theirs.protocol:
         raise CompatError("protocol", str(ours.protocol), str(theirs.protocol), peer=peer, hint="run one lmkv version")
     if {ours.role, theirs.role} in ({"prefill"}, {"decode"}):
         raise CompatError("role", ours.role, theirs.role, peer=peer, hint="a pair is one prefill and one decode engine")
-    for part, mine, other in (("must", ours.must, theirs.must), ("layout", ours.layout, theirs.layout)):
-        for name in sorted(mine.keys() | other.keys(), key=lambda n: (n not in ("model", "weights"), n)):
-            if mine.get(name) != other.get(name):
-                fallback = "such KV cannot be exchanged" if part == "must" else "conversion is not available for it"
-                raise CompatError(
-                    name, mine.get(name, "-"), other.get(name, "-"), peer=peer, hint=_HINTS.get(name, fallback)
-                )
+    decode = ours if ours.role == "decode" or theirs.role == "prefill" else theirs
+    converted = {"dtype", "kv_dtype"} if decode.convert_dtype else set()
+    names = sorted(ours.must.keys() | theirs.must.keys(), key=lambda n: (n not in ("model", "weights"), n))
+    differing = [name for name in names if ours.must.get(name) != theirs.must.get(name) and name not in converted]
+    if differing:
+        _refuse(differing[0], ours.must, theirs.must, peer, "such KV cannot be exchanged")
+    if is_direct(ours, theirs):
+        return
+    names = sorted(ours.layout.keys() | theirs.layout.keys())
+    field = next(name for name in names if ours.layout.get(name) != theirs.layout.get(name))
+    why = _not_convertible(ours, theirs) if decode is theirs else _not_convertible(theirs, ours)
+    if why:
+        _refuse(field, ours.layout, theirs.layout, peer, f"and it cannot be converted: {why}")
+
+
+def _not_convertible(prefill: wire.EngineCard, decode: wire.EngineCard) -> str:
+    """Why KV of `prefill` cannot land at `decode`; empty when it can."""
+    for name, card in (("prefill", prefill), ("decode", decode)):
+        if any(len(worker.geometries) != len(card.block_tokens) for worker in card.workers):
+            return f"the layout of {name} engine {card.name!r} is not one that lmkv knows"
+    if any(worker.slots == 0 for worker in decode.workers):
+        return f"decode engine {decode.name!r} has no memory for it (landing_bytes)"
+    sources = [worker.geometries for worker in prefill.workers]
+    targets = [worker.geometries for worker in decode.workers]
+    if len(sources[0]) != len(targets[0]):
+        return f"{len(sources[0])} KV groups at prefill, {len(targets[0])} at decode"
+    for source, target in zip(sources[0], targets[0], strict=True):
+        if why := refusal(source, target, convert_dtype=decode.convert_dtype):
+            return why
+    try:
+        engine_routes(sources, targets)
+    except LayoutError as error:
+        return error.message
+    slot_bytes = min(worker.slot_bytes for worker in decode.workers)
+    largest = max(layer.block_bytes for worker in prefill.workers for layer in worker.layers)
+    if largest > slot_bytes:
+        return f"a block of prefill has {largest} bytes, decode's landing_slot_bytes are {slot_bytes}"
+    return ""
+
+
+def _refuse(name: str, ours: Mapping[str, str], theirs: Mapping[str, str], peer: str, fallback: str) -> None:
+    hint = _HINTS.get(name, fallback)
+    if fallback.startswith("and"):
+        hint = f"{fallback}; {hint}"
+    raise CompatError(name, ours.get(name, "-"), theirs.get(name, "-"), peer=peer, hint=hint)

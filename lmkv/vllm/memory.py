@@ -4,23 +4,57 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xxhash
 from numpy.typing import NDArray
 
 from lmkv import wire
 from lmkv.errors import ConfigError
 from lmkv.ids import Rank
+from lmkv.layout import Geometry
 from lmkv.transfer.plan import KvMap
 from lmkv.transport import Extents, MemoryKind, Region
+
+from .geometry import Shard, geometries, storage_bytes
 
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class SlotMemory:
+    """Decode's landing slots: `count` of `slot_bytes` each, one after the other, on the caches' device."""
+
+    data: torch.Tensor
+    count: int
+    slot_bytes: int
+
+    @property
+    def address(self) -> int:
+        return int(self.data.data_ptr())
+
+    def slot(self, index: int, size: int) -> torch.Tensor:
+        """The first `size` bytes of a slot, sharing its memory."""
+        return self.data[index * self.slot_bytes : index * self.slot_bytes + size]
+
+    def region(self) -> Region:
+        kind = MemoryKind.DRAM if self.data.device.type == "cpu" else MemoryKind.VRAM
+        return Region(self.address, self.data.numel(), kind, self.data.device.index or 0, self.data)
+
+
+def landing_slots(landing_bytes: int, slot_bytes: int, device: torch.device) -> SlotMemory | None:
+    """New slots; None when there is no room for one."""
+    count = landing_bytes // slot_bytes
+    if count == 0:
+        return None
+    return SlotMemory(torch.zeros(count * slot_bytes, dtype=torch.uint8, device=device), count, slot_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +68,33 @@ class KvMemory:
     layout: dict[str, str]
     scratch: np.ndarray[Any, np.dtype[np.uint8]]
     regions: tuple[Region, ...]
+    geometries: tuple[Geometry, ...] = ()
+    """By transfer group; empty where the interior is not known (direct mode only)."""
+    storages: tuple[torch.Tensor, ...] = ()
+    """By transfer group: the bytes its layers lie in."""
+    slots: SlotMemory | None = None
+    block_tokens: tuple[int, ...] = ()
+    """Of a manager block, by transfer group."""
 
     @property
     def scratch_extents(self) -> Extents:
         return Extents.of((self.scratch.ctypes.data, SCRATCH_BYTES))
 
     def card(self, rank: Rank, address: str, scheme: str, export: bytes) -> wire.WorkerCard:
+        slots = self.slots
         return wire.WorkerCard(
-            rank, address, scheme, export, self.kind.value, self.layers, self.scratch.ctypes.data, SCRATCH_BYTES
+            rank,
+            address,
+            scheme,
+            export,
+            self.kind.value,
+            self.layers,
+            self.scratch.ctypes.data,
+            SCRATCH_BYTES,
+            self.geometries,
+            slots.address if slots else 0,
+            slots.count if slots else 0,
+            slots.slot_bytes if slots else 0,
         )
 
     def map(self) -> KvMap:
@@ -49,8 +102,16 @@ class KvMemory:
         return KvMap.from_card(self.card(Rank(0), "", "", b""))
 
 
-def describe(kv_caches: dict[str, Any], kv_cache_config: Any, interior: str) -> KvMemory:
+def describe(
+    kv_caches: dict[str, Any],
+    kv_cache_config: Any,
+    interior: str,
+    shard: Shard,
+    slots_for: Callable[[torch.device], SlotMemory | None] = lambda device: None,
+) -> KvMemory:
     """Every storage behind `kv_caches` (layer name → tensor [blocks, heads, tokens, content]) as one region.
+
+    `slots_for(device)` makes the landing slots, of an engine that wants some.
 
     Addresses come from `data_ptr` and `stride`, never from assumption. Raises ConfigError for caches that cannot be
     moved block by block (states that are not per token, blocks that are not contiguous).
@@ -78,7 +139,23 @@ def describe(kv_caches: dict[str, Any], kv_cache_config: Any, interior: str) -> 
         "group_layers": ",".join(str(len(group)) for group in layers),
     }
     flat = tuple(card for group in layers for card in group)
-    return KvMemory(kind, flat, tuple(tuple(group) for group in names), layout, scratch, tuple(regions))
+    layer_names = tuple(tuple(group) for group in names)
+    found = geometries(kv_caches, layer_names, kv_cache_config.transfer_groups, interior, shard)
+    slots = slots_for(device) if found else None
+    if slots is not None:
+        regions.append(slots.region())
+    return KvMemory(
+        kind,
+        flat,
+        layer_names,
+        layout,
+        scratch,
+        tuple(regions),
+        found,
+        tuple(storage_bytes(kv_caches[group[0]]) for group in layer_names) if found else (),
+        slots,
+        tuple(group.kv_cache_spec.block_size for group in kv_cache_config.transfer_groups),
+    )
 
 
 def _layer_card(name: str, tensor: Any, group: int, num_blocks: int) -> wire.LayerCard:

@@ -56,6 +56,10 @@ class ExpectSpec:
     epoch: Epoch
     incarnation: Incarnation
     blocks: tuple[BlockRange, ...]
+    tokens: tuple[int, int] = (0, 0)
+    """The granted tokens, half-open."""
+    landing: tuple[tuple[int, int], ...] = ()
+    """Landing mode: prefill's blocks [lo, hi) that were asked for, by group."""
 
 
 @dataclass

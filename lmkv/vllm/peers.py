@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
-from lmkv.errors import TransportError
+from lmkv.errors import LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.transfer.events import Peer
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
+
+from .meeting import Meeting, meeting
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +30,24 @@ DEPARTED_S = 600.0
 
 
 @dataclass(slots=True)
-class _Pal:
+class Engine:
+    """An engine that we were introduced to, and how our rank deals with it."""
+
     card: wire.EngineCard
+    meeting: Meeting
+    address: str
+    """Of our own engine, which wants to hear how it goes."""
+    introduced_s: float
+
+
+@dataclass(slots=True)
+class Pal:
+    """One of its ranks that we are connected to."""
+
+    engine: Engine
     worker: wire.WorkerCard
     peer: Peer
     transport_id: PeerId
-    engine_address: str
-    introduced_s: float
     heard_s: float
     ready: bool = False
     beat_s: float = 0.0
@@ -46,9 +59,16 @@ class _Pal:
     probe_s: float = 0.0
     parted_s: float = 0.0
 
+    @property
+    def name(self) -> str:
+        return f"{self.engine.card.name!r} rank {self.peer.rank}"
+
 
 class Peers:
-    """`gone(peer, dead)` is called once for each loss. `scratch` are our registered throw-away bytes."""
+    """`gone(peer, dead)` is called once for each rank lost. `scratch` are our registered throw-away bytes.
+
+    An engine is lost as a whole: with the first of its ranks that is silent or dead.
+    """
 
     def __init__(
         self,
@@ -66,11 +86,12 @@ class Peers:
         self._settings = settings
         self._gone = gone
         self._own = Incarnation("")
-        self._pals: dict[Incarnation, _Pal] = {}
-        self._by_transport: dict[PeerId, Incarnation] = {}
-        self._warm_ops: dict[OpId, Incarnation] = {}
-        self._addresses: dict[Incarnation, str] = {}
-        self._departed: dict[Incarnation, _Pal] = {}
+        self._engines: dict[Incarnation, Engine] = {}
+        self._pals: dict[Peer, Pal] = {}
+        self._by_transport: dict[PeerId, Peer] = {}
+        self._warm_ops: dict[OpId, Peer] = {}
+        self._addresses: dict[Peer, str] = {}
+        self._departed: dict[Peer, Pal] = {}
         self._leaving: set[PeerId] = set()
 
     # --- questions ---
@@ -81,47 +102,65 @@ class Peers:
 
     @property
     def warming(self) -> bool:
-        return any(incarnation in self._pals for incarnation in self._warm_ops.values())
+        return any(peer in self._pals for peer in self._warm_ops.values())
 
-    def find(self, incarnation: Incarnation) -> _Pal | None:
-        return self._pals.get(incarnation)
+    def find(self, peer: Peer) -> Pal | None:
+        return self._pals.get(peer)
+
+    def met(self, incarnation: Incarnation) -> tuple[wire.EngineCard, Meeting] | None:
+        """The engine's card, and what our rank has to do with its ranks; None when it is not (any more) a peer."""
+        engine = self._engines.get(incarnation)
+        return (engine.card, engine.meeting) if engine else None
 
     def peer_of(self, transport_id: PeerId) -> Peer | None:
         """Whose notes come from `transport_id`."""
-        incarnation = self._by_transport.get(transport_id)
-        pal = self._pals.get(incarnation) if incarnation is not None else None
-        return pal.peer if pal is not None else None
+        peer = self._by_transport.get(transport_id)
+        return peer if peer in self._pals else None
 
-    def address_of(self, incarnation: Incarnation) -> str | None:
-        """Control address of our rank's counterpart, also after it was dismissed."""
-        return self._addresses.get(incarnation)
+    def address_of(self, peer: Peer) -> str | None:
+        """Control address of that rank, also after its engine was dismissed."""
+        return self._addresses.get(peer)
 
     # --- coming and going ---
 
     def introduce(self, message: wire.Introduce, now_s: float) -> None:
-        self._own = message.incarnation
-        card = message.card
-        if card.incarnation in self._pals:
-            if self._pals[card.incarnation].ready:
-                self._tell_engine(message.engine_address, card.incarnation, "")
+        own, card = message.own, message.card
+        self._own = own.incarnation
+        if card.incarnation in self._engines:
+            self._tell_if_ready(card.incarnation)
             return
-        worker = card.workers[self._rank]
-        departed = self._departed.pop(card.incarnation, None)
         try:
-            self._let_go()
-            transport_id = departed.transport_id if departed else self._transport.connect(worker.export)
-        except TransportError as error:
-            self._tell_engine(message.engine_address, card.incarnation, f"cannot connect to {worker.address}: {error}")
+            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s)
+            pals = [self._connect(engine, rank, now_s) for rank in engine.meeting.ranks]
+        except (TransportError, LayoutError) as error:
+            self._tell_engine(own.address, card.incarnation, f"cannot connect to {card.name!r}: {error}")
             return
-        pal = _Pal(card, worker, Peer(card.incarnation, self._rank), transport_id, message.engine_address, now_s, now_s)
-        self._pals[card.incarnation] = pal
-        self._by_transport[transport_id] = card.incarnation
-        self._addresses[card.incarnation] = worker.address
+        self._engines[card.incarnation] = engine
+        for pal in pals:
+            self._pals[pal.peer] = pal
+            self._warm(pal)
+        self._tell_if_ready(card.incarnation)
+
+    def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
+        """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
+        worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
+        departed = self._departed.pop(peer, None)
+        self._let_go()
+        known = next((t for t, p in self._by_transport.items() if p == peer), None)
+        transport_id = departed.transport_id if departed else known or self._transport.connect(worker.export)
+        self._leaving.discard(transport_id)
+        self._by_transport[transport_id] = peer
+        self._addresses[peer] = worker.address
         while len(self._addresses) > 1024:
             self._addresses.pop(next(iter(self._addresses)))
-        self._warm(pal)
+        return Pal(engine, worker, peer, transport_id, now_s)
 
-    def _warm(self, pal: _Pal) -> None:
+    def _tell_if_ready(self, incarnation: Incarnation) -> None:
+        engine = self._engines[incarnation]
+        if all(self._pals[Peer(incarnation, rank)].ready for rank in engine.meeting.ranks):
+            self._tell_engine(engine.address, incarnation, "")
+
+    def _warm(self, pal: Pal) -> None:
         """A write that nobody reads. The first of a pair wires it up: hundreds of ms that no request should pay."""
         remote = Extents.of((pal.worker.scratch_address, self._scratch.total_bytes), kind=MemoryKind.DRAM)
         note = wire.encode(wire.WarmNote(self._own))
@@ -129,74 +168,78 @@ class Peers:
             op = self._transport.write(pal.transport_id, self._scratch, remote, note)
         except TransportError as error:
             # A death is told by PeerLost with the next poll, anything else ends as silence.
-            logger.debug("peer %r cannot be reached: %s", pal.card.name, error)
+            logger.debug("peer %s cannot be reached: %s", pal.name, error)
             return
-        self._warm_ops[op] = pal.card.incarnation
+        self._warm_ops[op] = pal.peer
 
     def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
         """True if the operation was ours (warming or probing)."""
-        incarnation = self._warm_ops.pop(op, None)
-        if incarnation is None:
+        peer = self._warm_ops.pop(op, None)
+        if peer is None:
             return False
-        pal = self._pals.get(incarnation)
+        pal = self._pals.get(peer)
         if pal is None:
             return True
         if error is not None:
-            logger.warning("peer %r: %s", pal.card.name, error)
+            logger.warning("peer %s: %s", pal.name, error)
             return True  # a PeerLost follows, or silence ends it
         pal.suspected = False
         if not pal.ready:
             pal.ready, pal.heard_s = True, now_s
             logger.info(
-                "paired with %r rank %d in %.0f ms", pal.card.name, self._rank, (now_s - pal.introduced_s) * 1e3
+                "rank %d paired with %s in %.0f ms", self._rank, pal.name, (now_s - pal.engine.introduced_s) * 1e3
             )
-            self._tell_engine(pal.engine_address, incarnation, "")
+            self._tell_if_ready(peer.incarnation)
         return True
 
     def dismiss(self, incarnation: Incarnation, dead: bool) -> None:
-        pal = self._pals.pop(incarnation, None)
-        if pal is not None:
-            self._part(pal, dead)
+        engine = self._engines.pop(incarnation, None)
+        for rank in engine.meeting.ranks if engine else ():
+            self._part(self._pals.pop(Peer(incarnation, rank)), dead)
 
     def transport_lost(self, transport_id: PeerId, reason: str) -> None:
         """The data plane has proved the peer dead."""
-        incarnation = self._by_transport.pop(transport_id, None)
+        peer = self._by_transport.pop(transport_id, None)
         self._leaving.discard(transport_id)
-        if incarnation is None:
+        if peer is None:
             return
-        if incarnation in self._pals:
-            self._lose(self._pals[incarnation], dead=True, reason=reason)
-        elif incarnation in self._departed:
-            pal = self._departed.pop(incarnation)
-            logger.info("peer %r (incarnation %s) is proven dead: %s", pal.card.name, incarnation, reason)
-            self._gone(pal.peer, True)
+        if peer in self._pals:
+            self._lose(self._pals[peer], dead=True, reason=reason)
+        elif peer in self._departed:
+            pal = self._departed.pop(peer)
+            logger.info("peer %s (incarnation %s) is proven dead: %s", pal.name, peer.incarnation, reason)
+            self._gone(peer, True)
 
-    def _lose(self, pal: _Pal, dead: bool, reason: str) -> None:
-        logger.warning("peer %r (incarnation %s) is lost: %s", pal.card.name, pal.card.incarnation, reason)
-        self._pals.pop(pal.card.incarnation, None)
-        self._part(pal, dead)
-        self._tell_engine(pal.engine_address, pal.card.incarnation, reason)
+    def _lose(self, pal: Pal, dead: bool, reason: str) -> None:
+        """The rank is lost, and the engine with it: its other ranks are parted from without proof."""
+        engine, incarnation = pal.engine, pal.peer.incarnation
+        logger.warning("peer %s (incarnation %s) is lost: %s", pal.name, incarnation, reason)
+        del self._engines[incarnation]
+        for rank in engine.meeting.ranks:
+            other = self._pals.pop(Peer(incarnation, rank))
+            self._part(other, dead and other is pal)
+        self._tell_engine(engine.address, incarnation, reason)
 
-    def _part(self, pal: _Pal, dead: bool) -> None:
+    def _part(self, pal: Pal, dead: bool) -> None:
         """The pair is over: at once if the peer is dead, else it is probed on."""
         if dead:
             self._leave(pal)
         else:
             pal.ready, pal.suspected, pal.parted_s = False, False, pal.heard_s
-            self._departed[pal.card.incarnation] = pal
+            self._departed[pal.peer] = pal
         self._gone(pal.peer, dead)
 
     def _probe_departed(self, now_s: float) -> None:
         probing = set(self._warm_ops.values())
-        for incarnation, pal in list(self._departed.items()):
+        for peer, pal in list(self._departed.items()):
             if now_s - pal.parted_s > DEPARTED_S:
-                del self._departed[incarnation]
+                del self._departed[peer]
                 self._leave(pal)
-            elif incarnation not in probing and now_s - pal.probe_s >= DEPARTED_PROBE_S:
+            elif peer not in probing and now_s - pal.probe_s >= DEPARTED_PROBE_S:
                 pal.probe_s = now_s
                 self._warm(pal)
 
-    def _leave(self, pal: _Pal) -> None:
+    def _leave(self, pal: Pal) -> None:
         if pal.transport_id in self._by_transport:
             self._leaving.add(pal.transport_id)
         self._let_go()
@@ -217,7 +260,7 @@ class Peers:
 
     def heard(self, beat: wire.Beat, now_s: float) -> Peer | None:
         """A Beat came: the peer whose leases it renews, if we know it."""
-        pal = self._pals.get(beat.incarnation)
+        pal = self._pals.get(Peer(beat.incarnation, beat.rank))
         if pal is None:
             return None
         pal.heard_s, pal.suspected = now_s, False
@@ -236,12 +279,14 @@ class Peers:
                 pal.suspected = pal.suspected or pal.worker.address == address
         self._probe_departed(now_s)
         for pal in list(self._pals.values()):
+            if pal.peer not in self._pals:
+                continue  # lost with another rank of its engine
             if now_s - pal.heard_s > self._settings.lease_s:
                 self._lose(pal, dead=False, reason=f"silent for {now_s - pal.heard_s:.1f} s")
             elif pal.suspected and now_s - pal.probe_s >= PROBE_EVERY_S:
                 pal.probe_s = now_s
                 self._warm(pal)
-            if pal.card.incarnation in self._pals and now_s - pal.beat_s >= self._settings.beat_s:
+            if pal.peer in self._pals and now_s - pal.beat_s >= self._settings.beat_s:
                 pal.beat_s = now_s
                 held_s = now_s - pal.echo_heard_s if pal.echo_s else 0.0
                 self._outbox.send(pal.worker.address, wire.Beat(self._own, self._rank, now_s, pal.echo_s, held_s))

@@ -19,6 +19,7 @@ from lmkv.transfer.plan import runs_for
 from lmkv.transfer.receiver import Receiver
 
 from . import memory
+from .landing import LandingSlots
 from .metadata import ExpectSpec, RankReport
 from .peers import Peers
 from .trace import ReceiveTrace, facts
@@ -44,6 +45,9 @@ class Receiving:
         self._peers = peers
         self._outbox = outbox
         self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
+        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype)
+        self._landed: set[TransferId] = set()
+        """Failed in landing mode and not drained: the engine does not wait for that."""
         self._specs: dict[TransferId, ExpectSpec] = {}
         self._traces: dict[TransferId, ReceiveTrace] = {}
         self._early: OrderedDict[TransferId, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
@@ -55,19 +59,33 @@ class Receiving:
 
     def expected(self, expects: tuple[ExpectSpec, ...], now_s: float) -> None:
         for spec in expects:
-            rects = tuple(ev.Rect(r.group, 0, self._layers[r.group], r.lo, r.hi) for r in spec.blocks if r.ids)
-            payload_bytes = sum(self._sizes[r.group] * (r.block_hi - r.block_lo) * r.layer_hi for r in rects)
             self._specs[spec.transfer_id] = spec
             self._traces[spec.transfer_id] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
-            peer = ev.Peer(spec.incarnation, self._rank)
-            event = ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, (peer,), rects, payload_bytes)
+            event, known = self._expectation(spec)
             self.handle(event, now_s)
-            if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
-                self.handle(ev.PeerGone(peer, dead=True), now_s)
-            elif self._peers.find(spec.incarnation) is None:
-                self.handle(ev.PeerGone(peer, dead=False), now_s)
+            for peer in event.writers:
+                if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
+                    self.handle(ev.PeerGone(peer, dead=True), now_s)
+                elif not known:
+                    self.handle(ev.PeerGone(peer, dead=False), now_s)
             for sender, note in self._early.pop(spec.transfer_id, []):
                 self.note_came(sender, note, now_s)
+
+    def _expectation(self, spec: ExpectSpec) -> tuple[ev.Expect, bool]:
+        """What the machine is to expect, and whether its writers are peers (still)."""
+        writers = self._landing.writers(spec) if spec.landing else None
+        if writers is not None:
+            self._landing.open(spec)
+            ranges = [(group, lo, hi) for group, (lo, hi) in enumerate(spec.landing) if hi > lo]
+            rects = tuple(ev.Rect(group, 0, self._layers[group], lo, hi) for group, lo, hi in ranges)
+            payload_bytes = self._landing.payload_bytes(spec, self._layers)
+            expect = ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, writers, rects, payload_bytes)
+            return expect, True
+        peer = ev.Peer(spec.incarnation, self._rank)
+        rects = tuple(ev.Rect(r.group, 0, self._layers[r.group], r.lo, r.hi) for r in spec.blocks if r.ids)
+        payload_bytes = sum(self._sizes[r.group] * (r.block_hi - r.block_lo) * r.layer_hi for r in rects)
+        known = not spec.landing and self._peers.find(peer) is not None
+        return ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, (peer,), rects, payload_bytes), known
 
     def abandoned(self, tids: tuple[TransferId, ...], now_s: float) -> None:
         for tid in tids:
@@ -90,8 +108,25 @@ class Receiving:
             trace.writes += 1
             trace.bytes += note.payload_bytes
         rect = ev.Rect(note.group, note.layer_lo, note.layer_hi, note.block_lo, note.block_hi)
-        valid = self._verify(note, rect)
+        valid = self._taken_out(peer, note, rect) if note.slot >= 0 else self._verify(note, rect)
         self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, valid), now_s)
+
+    def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> bool:
+        """Landing mode: checked and converted into our blocks, as long as they are wanted."""
+        spec = self._specs.get(note.transfer_id)
+        if spec is None or note.epoch != spec.epoch or peer not in self._machine.awaited(note.transfer_id, note.epoch):
+            return True  # late or strange: the machine counts it, and the slot comes back with the transfer's end
+        trace, start_s = self._traces[note.transfer_id], time.monotonic()
+        if not self._landing.is_right(peer, note, rect):
+            logger.error("what landed of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
+            return False
+        checked_s = time.monotonic()
+        trace.checksum_s += checked_s - start_s
+        error = self._landing.take_out(peer, note, rect)
+        trace.convert_s += time.monotonic() - checked_s
+        if error:
+            logger.error("%s of %s cannot be converted: %s", rect, note.transfer_id, error)
+        return not error
 
     def _hold_early(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote) -> None:
         notes = self._early.setdefault(note.transfer_id, [])
@@ -134,13 +169,16 @@ class Receiving:
         for action in self._machine.handle(event, now_s):
             match action:
                 case ev.SendCancel(peer, tid, epoch):
-                    address = self._peers.address_of(peer.incarnation)
+                    address = self._peers.address_of(peer)
                     if address is not None:
                         self._outbox.send(address, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
                 case ev.Report():
                     self._report(action, now_s)
                 case ev.Drained(tid, request_id):
-                    self._reports.append(RankReport(tid, request_id, "drained", True, ""))
+                    self._landing.close(tid)
+                    if tid not in self._landed:
+                        self._reports.append(RankReport(tid, request_id, "drained", True, ""))
+                    self._landed.discard(tid)
 
     def tick(self, now_s: float) -> None:
         deadline_s = self._machine.next_deadline_s()
@@ -166,15 +204,23 @@ class Receiving:
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
         trace.reported_s, trace.outcome, trace.reason = now_s, action.outcome.value, action.reason
-        pal = self._peers.find(spec.incarnation)
+        writers = self._landing.writers(spec) if spec.landing else (ev.Peer(spec.incarnation, self._rank),)
+        pal = self._peers.find(writers[0]) if writers else None
         if pal is not None:
             trace.clock_offset_s = pal.clock_offset_s
-        if action.outcome is ev.ReceiveOutcome.LOADED:
-            if self._settings.debug_dump_dir:
-                self._dump(spec)
-        else:
+        if action.outcome is not ev.ReceiveOutcome.LOADED:
             logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
-        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, action.drained, action.reason))
+        elif self._settings.debug_dump_dir and not spec.landing:
+            self._dump(spec)
+        drained = action.drained
+        if drained:
+            self._landing.close(tid)
+        elif spec.landing:
+            # Only slots are written to, and they stay lent until Drained; the blocks are the engine's at once.
+            self._landing.failed(tid)
+            self._landed.add(tid)
+            drained = True
+        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))
         self._ledgers.append(facts(trace))
         logger.debug("received: %s", self._ledgers[-1])
 

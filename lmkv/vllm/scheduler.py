@@ -90,6 +90,7 @@ class SchedulerSide:
             layout,
             self._block_tokens,
             tuple(meta.card for meta in ordered),
+            convert_dtype=self._settings.convert_dtype,
         )
         self._endpoint.start(card, self._settings.peers)
         logger.info("engine %r (%s, incarnation %s) listens on %s", name, self._role, self._incarnation, card.address)

@@ -47,6 +47,8 @@ class ReceiveTrace:
     writes: int = 0
     bytes: int = 0
     checksum_s: float = 0.0
+    convert_s: float = 0.0
+    """Taking KV out of landing slots."""
     outcome: str = ""
     reason: str = ""
     clock_offset_s: float = 0.0

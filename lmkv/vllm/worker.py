@@ -33,6 +33,7 @@ from .commands import (
     StepDone,
     Withdrawn,
 )
+from .geometry import Shard
 from .metadata import HandshakeMeta, Push, RankReport, StepMeta, WorkerMeta
 from .writer import WorkerLoop
 
@@ -77,8 +78,8 @@ class WorkerSide:
 
     # --- life ---
 
-    def register(self, kv_caches: dict[str, torch.Tensor], interior: str) -> None:
-        found = memory.describe(kv_caches, self._kv_cache_config, interior)
+    def register(self, kv_caches: dict[str, torch.Tensor], interior: str, shard: Shard) -> None:
+        found = memory.describe(kv_caches, self._kv_cache_config, interior, shard, self._slots)
         self._memory = found
         for group, names in enumerate(found.layer_names):
             for index, name in enumerate(names):
@@ -92,6 +93,11 @@ class WorkerSide:
         transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
         self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}")
         self._loop.start()
+
+    def _slots(self, device: torch.device) -> memory.SlotMemory | None:
+        if self._vllm_config.kv_transfer_config.kv_role == "kv_producer":
+            return None
+        return memory.landing_slots(self._settings.landing_bytes, self._settings.landing_slot_bytes, device)
 
     def _check_times(self) -> None:
         """Without checksums a write that lands late must find a receiver that has given up (see SenderLimits)."""

@@ -199,7 +199,9 @@ class WorkerLoop:
                 case wire.Grant():
                     self._sending.grant_came(message, now_s)
                 case wire.NotNeeded():
-                    self._sending.handle(ev.NotNeededCame(message.transfer_id, message.reason), now_s)
+                    self._sending.not_needed_came(message, now_s)
+                case wire.Credit():
+                    self._sending.credit_came(message, now_s)
                 case wire.Cancel():
                     self._sending.cancel_came(message, now_s)
                 case wire.Cancelled() | wire.Failed():

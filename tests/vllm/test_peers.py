@@ -63,7 +63,8 @@ class Bench:
             64,
         )
         engine = wire.EngineCard(EngineName("e"), THEM, "tcp://127.0.0.1:1", "prefill", {}, {}, (16,), (card,))
-        self.introduction = wire.Introduce(engine, self.engine.address, Incarnation("us"))
+        self.own = wire.EngineCard(EngineName("o"), Incarnation("us"), self.engine.address, "decode", {}, {}, (16,), ())
+        self.introduction = wire.Introduce(engine, self.own)
 
     def run(self, seconds: float = 0.0) -> None:
         """Let time pass and both data planes work."""
@@ -104,7 +105,7 @@ def bench() -> Iterator[Bench]:
 def test_introduced_warmed_and_beating(bench: Bench) -> None:
     bench.peers.introduce(bench.introduction, bench.now_s)
     bench.run()
-    pal = bench.peers.find(THEM)
+    pal = bench.peers.find(PEER)
     assert pal is not None and pal.ready and bench.told() == [""]
     assert bench.worker.socket.poll(2000)
     assert isinstance(bench.worker.receive()[0].message, wire.Beat)
@@ -121,7 +122,7 @@ def test_silence_ends_a_pair_and_beats_keep_it(bench: Bench) -> None:
         assert bench.peers.heard(wire.Beat(THEM, Rank(0), 1.0), bench.now_s) == PEER
     assert bench.gone == []
     bench.run(6.0)
-    assert bench.gone == [(PEER, False)] and bench.peers.find(THEM) is None
+    assert bench.gone == [(PEER, False)] and bench.peers.find(PEER) is None
     assert any("silent" in error for error in bench.told())
 
 
@@ -144,7 +145,7 @@ def test_a_dismissed_peer_may_come_back(bench: Bench) -> None:
     bench.peers.dismiss(THEM, dead=False)
     bench.peers.introduce(bench.introduction, bench.now_s)
     bench.run()
-    pal = bench.peers.find(THEM)
+    pal = bench.peers.find(PEER)
     assert pal is not None and pal.ready
 
 
@@ -166,5 +167,5 @@ def test_a_peer_that_cannot_be_connected_is_refused(bench: Bench) -> None:
     card = bench.introduction.card
     worker = wire.WorkerCard(Rank(0), "tcp://127.0.0.1:1", "inproc", b"junk", "DRAM", (), 1, 64)
     broken = wire.EngineCard(card.name, THEM, card.address, card.role, {}, {}, (16,), (worker,))
-    bench.peers.introduce(wire.Introduce(broken, bench.engine.address, Incarnation("us")), bench.now_s)
+    bench.peers.introduce(wire.Introduce(broken, bench.own), bench.now_s)
     assert "cannot connect" in bench.told()[0]

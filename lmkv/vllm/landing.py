@@ -1,0 +1,166 @@
+"""Decode's landing slots: lending them, and taking KV out of them into the engine's blocks. Loop thread only."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+import torch
+
+from lmkv import wire
+from lmkv.control.mailbox import Outbox
+from lmkv.errors import LmkvError
+from lmkv.ids import Rank, TransferId
+from lmkv.kernels import Cache, convert_blocks
+from lmkv.layout import segments
+from lmkv.transfer.events import Peer, Rect
+from lmkv.transfer.landing import Share, kernel_ids, share_of, slot_geometry
+from lmkv.transfer.slots import Borrower, Loan, SlotRing
+
+from . import memory
+from .metadata import ExpectSpec
+from .peers import Peers
+
+logger = logging.getLogger(__name__)
+
+_PER_WRITER = 8
+
+
+@dataclass(slots=True)
+class _Landing:
+    """One grant: who writes to it, and what of their blocks each slot holds, by group."""
+
+    spec: ExpectSpec
+    shares: dict[Peer, tuple[Share, ...]]
+    borrowers: list[Borrower] = field(default_factory=list)
+
+
+class LandingSlots:
+    """`convert_dtype` allows a dtype to be converted (the pairing has checked that it is wanted)."""
+
+    def __init__(self, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox, convert_dtype: bool) -> None:
+        self._rank = rank
+        self._found = found
+        self._peers = peers
+        self._outbox = outbox
+        self._convert_dtype = convert_dtype
+        self._slots = found.slots
+        self._ring = SlotRing(found.slots.count if found.slots else 0, _PER_WRITER)
+        self._landings: dict[TransferId, _Landing] = {}
+
+    def writers(self, spec: ExpectSpec) -> tuple[Peer, ...] | None:
+        """The ranks that will write for this grant; None when its engine is not our peer any more."""
+        met = self._peers.met(spec.incarnation)
+        return tuple(Peer(spec.incarnation, rank) for rank in sorted(met[1].receives)) if met else None
+
+    def payload_bytes(self, spec: ExpectSpec, layers: tuple[int, ...]) -> int:
+        """What each writer counts for the grant: whole blocks of its own, by its layer sizes."""
+        met = self._peers.met(spec.incarnation)
+        if met is None:
+            return 0
+        total = 0
+        for group, (lo, hi) in enumerate(spec.landing):
+            worker = met[0].workers[min(met[1].receives)]
+            block_bytes = next(layer.block_bytes for layer in worker.layers if layer.group == group)
+            total += (hi - lo) * layers[group] * block_bytes
+        return total
+
+    def open(self, spec: ExpectSpec) -> None:
+        """The grant is expected: its writers get their first slots."""
+        met = self._peers.met(spec.incarnation)
+        if met is None or self._slots is None:
+            return
+        card, meeting = met
+        landing = self._landings[spec.transfer_id] = _Landing(spec, {})
+        for rank, heads in meeting.receives.items():
+            peer, worker = Peer(spec.incarnation, rank), card.workers[rank]
+            landing.shares[peer] = tuple(
+                share_of(geometry, part, tokens)
+                for geometry, part, tokens in zip(worker.geometries, heads, card.block_tokens, strict=True)
+            )
+            borrower = Borrower(peer, spec.transfer_id, spec.epoch)
+            landing.borrowers.append(borrower)
+            self._tell(self._ring.open(borrower))
+
+    def is_right(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> bool:
+        """The slot is the writer's, holds what it says, and the checksum (if there is one) is right."""
+        landing = self._landings.get(note.transfer_id)
+        if landing is None or self._slots is None or peer not in landing.shares:
+            return False
+        if note.slot not in self._ring.held(Borrower(peer, note.transfer_id, note.epoch)):
+            return False
+        if not 0 <= rect.group < len(landing.shares[peer]):
+            return False
+        size = landing.shares[peer][rect.group].rect_bytes(rect)
+        if not 0 < size <= self._slots.slot_bytes:
+            return False
+        if not note.checksum:
+            return True
+        run = np.array([[self._slots.address + note.slot * self._slots.slot_bytes, size]], dtype=np.uint64)
+        return memory.checksum(run) == note.checksum
+
+    def take_out(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> str:
+        """Convert what has landed into our blocks and lend the slot on. Returns what went wrong, or ""."""
+        landing, slots = self._landings[note.transfer_id], self._slots
+        assert slots is not None, "is_right was asked before"
+        share = landing.shares[peer][rect.group]
+        geometry = slot_geometry(share, rect)
+        try:
+            source = Cache.of(slots.slot(note.slot, share.rect_bytes(rect)), geometry)
+            self._convert(landing.spec, source, rect, share)
+        except LmkvError as error:
+            return str(error)
+        self._tell(self._ring.taken_out(Borrower(peer, note.transfer_id, note.epoch), note.slot))
+        return ""
+
+    def _convert(self, spec: ExpectSpec, source: Cache, rect: Rect, share: Share) -> None:
+        group, found = rect.group, self._found
+        whole = found.geometries[group]
+        layers = [card.address for card in found.layers if card.group == group][rect.layer_lo : rect.layer_hi]
+        target_geometry = msgspec.structs.replace(
+            whole, layers=len(layers), first_layer=rect.layer_lo, total_layers=whole.model_layers
+        )
+        storage = found.storages[group]
+        target = Cache.of(storage, target_geometry, [address - storage.data_ptr() for address in layers])
+        theirs, ours = share.kernel_blocks * share.geometry.block_tokens, found.block_tokens[group]
+        blocks = spec.blocks[group]
+        lo = max(spec.tokens[0], rect.block_lo * theirs, blocks.lo * ours)
+        hi = min(spec.tokens[1], rect.block_hi * theirs)
+        if lo >= hi:
+            return
+        table = segments(
+            source.geometry,
+            target_geometry,
+            np.arange(source.geometry.blocks),
+            kernel_ids(blocks.ids, ours // whole.block_tokens),
+            (lo, hi),
+            source_first=rect.block_lo * theirs,
+            target_first=blocks.lo * ours,
+        )
+        convert_blocks(source, target, table, convert_dtype=self._convert_dtype)
+        if storage.device.type != "cpu":
+            torch.cuda.current_stream(storage.device).synchronize()
+
+    def failed(self, tid: TransferId) -> None:
+        """It will not be loaded: no more slots for it. Those lent stay its own until `close`."""
+        landing = self._landings.get(tid)
+        for borrower in landing.borrowers if landing else ():
+            self._ring.sated(borrower)
+
+    def close(self, tid: TransferId) -> None:
+        """Nothing can land in its slots any more."""
+        landing = self._landings.pop(tid, None)
+        for borrower in landing.borrowers if landing else ():
+            self._tell(self._ring.close(borrower))
+
+    def _tell(self, loans: list[Loan]) -> None:
+        for loan in loans:
+            borrower = loan.borrower
+            address = self._peers.address_of(borrower.peer)
+            if address is not None:
+                credit = wire.Credit(
+                    self._peers.own_incarnation, self._rank, borrower.transfer_id, borrower.epoch, loan.slots
+                )
+                self._outbox.send(address, credit)

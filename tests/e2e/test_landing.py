@@ -1,0 +1,113 @@
+"""Engines that lay out their KV differently: it lands in slots and is converted. Tiny random weights."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import pytest
+
+from .bed import PROSE, Client, Engine, Router, stopping
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+TINY, MLA = "tiny-llama", "tiny-deepseek"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """Arguments of the two engines; `exact`: decode computes in prefill's dtype, so that answers are equal."""
+
+    name: str
+    prefill: tuple[str, ...]
+    decode: tuple[str, ...]
+    model: str = TINY
+    exact: bool = True
+
+
+F32 = ("--dtype", "float32")
+TP2 = ("--tensor-parallel-size", "2")
+CASES = [
+    Case("tp-1-to-2", (*F32, "--block-size", "32"), (*F32, *TP2)),
+    Case("tp-2-to-1", (*F32, *TP2), (*F32, "--block-size", "32")),
+    Case("mla-1-to-2", F32, (*F32, *TP2), MLA),
+    Case("float32-to-bfloat16", F32, ("--dtype", "bfloat16", "--block-size", "64"), exact=False),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    case: Case
+    prefill: Engine
+    decode: Engine
+    router: Router
+    model: str
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    case: Case = request.param
+    run = tmp_path_factory.mktemp(case.name)
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    common = ("--max-num-batched-tokens", "256", "--served-model-name", case.model)
+    accepting = env if case.exact else {**env, "LMKV_CONVERT_DTYPE": "true"}
+    prefill = Engine.start("prefill", "prefill", run, *common, *case.prefill, model=case.model, env=env)
+    decode = Engine.start("decode", "decode", run, *common, *case.decode, model=case.model, env=accepting)
+    with stopping(prefill, decode):
+        prefill.wait_ready()
+        decode.wait_ready()
+        router = Router.start("router", run, [prefill], [decode])
+        with stopping(router):
+            router.wait_ready()
+            yield Pair(case, prefill, decode, router, case.model)
+
+
+@pytest.fixture
+async def client(pair: Pair) -> Any:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=180)) as session:
+        yield Client(session, pair.model)
+
+
+@pytest.mark.parametrize("tokens", [1000, 257, 90])
+async def test_converted_kv_answers_as_if_it_were_our_own(pair: Pair, client: Client, tokens: int) -> None:
+    ids = (await client.tokens(pair.decode, PROSE))[:tokens]
+    await client.reset_cache(pair.decode)
+    reply = await client.complete(pair.router.url, ids, max_tokens=16)
+    attempt = await client.explain(pair.router, reply.request_id)
+    decode = attempt["engines"]["decode"]
+    assert decode["mode"] == "landing" and "miss" not in decode
+    assert {rank["outcome"] for rank in decode["ranks"].values()} == {"loaded"}
+    await client.reset_cache(pair.decode)
+    alone = await client.complete(pair.decode.url, ids, max_tokens=16)
+    if pair.case.exact:
+        assert reply.text == alone.text
+    else:
+        assert reply.status == 200 and len(reply.text) > 0
+    await client.all_blocks_free(pair.prefill, pair.decode)
+
+
+async def test_a_prefix_that_decode_has_is_not_sent_again(pair: Pair, client: Client) -> None:
+    """Decode's cached prefix ends within a block of prefill, or the other way round."""
+    ids = (await client.tokens(pair.decode, PROSE))[100:900]
+    await client.complete(pair.decode.url, ids[:300], max_tokens=1)
+    reply = await client.complete(pair.router.url, ids, max_tokens=8)
+    attempt = await client.explain(pair.router, reply.request_id)
+    assert 0 < attempt["engines"]["decode"]["first_token"] < 300
+    await client.reset_cache(pair.decode)
+    alone = await client.complete(pair.decode.url, ids, max_tokens=8)
+    if pair.case.exact:
+        assert reply.text == alone.text
+
+
+async def test_many_at_once(pair: Pair, client: Client) -> None:
+    ids = await client.tokens(pair.decode, PROSE)
+    prompts = [ids[20 * i : 20 * i + 400] for i in range(8)]
+    replies = await asyncio.gather(*(client.complete(pair.router.url, prompt) for prompt in prompts))
+    await client.reset_cache(pair.decode)
+    alone = await asyncio.gather(*(client.complete(pair.decode.url, prompt) for prompt in prompts))
+    if pair.case.exact:
+        assert [reply.text for reply in replies] == [reply.text for reply in alone]
+    await client.all_blocks_free(pair.prefill, pair.decode)
