@@ -1,14 +1,17 @@
 #!/usr/bin/env python3
-"""Writes the tables of the docs that come from the code: settings, error codes. `--check` only compares."""
+"""Writes the tables of the docs that come from the code. `--check` only compares."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
-from lmkv import errors
+from lmkv import errors, layout, wire
 from lmkv.config import ConnectorSettings
+from lmkv.ids import EngineName, Incarnation, Rank
+from lmkv.vllm.fingerprint import compare, is_direct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -48,7 +51,94 @@ def _meanings() -> dict[str, str]:
     return found
 
 
-TABLES = {"connector.md": ("settings", settings_table), "errors.md": ("errors", errors_table)}
+def _engine(
+    role: str,
+    *,
+    order: str = "LBHNC",
+    tp: int = 1,
+    heads: int = 8,
+    tokens: int = 16,
+    parts: tuple[int, ...] = (128, 128),
+    interior: str = "plain",
+    dtype: str = "bfloat16",
+    slots: int = 32,
+    convert_dtype: bool = False,
+) -> wire.EngineCard:
+    """The card of an engine with 4 layers."""
+    workers, each = [], max(1, heads // tp)
+    for rank in range(tp):
+        geometry = layout.vllm_cache(
+            order,
+            layers=4,
+            blocks=64,
+            heads=each,
+            block_tokens=tokens,
+            parts=parts,
+            interior=interior,
+            dtype=dtype,
+            first_head=rank * each if heads >= tp else rank * heads // tp,
+            total_heads=heads,
+        )
+        block_bytes = tokens * each * sum(parts) * geometry.width
+        layer = wire.LayerCard(4096, block_bytes, block_bytes, 64, 0)
+        workers.append(
+            wire.WorkerCard(Rank(rank), "", "nixl", b"", "DRAM", (layer,) * 4, 0, 0, (geometry,), 1, slots, 2 << 20)
+        )
+    must = {"model": "m", "dtype": dtype, "kv_heads": str(heads), "head_size": str(parts[0])}
+    lies = {"block_tokens": str(tokens), "kv_layout": order, "tp": str(tp), "interior": interior}
+    name, incarnation = EngineName(role), Incarnation(role)
+    return wire.EngineCard(
+        name, incarnation, "tcp://x:1", role, must, lies, (tokens,), tuple(workers), convert_dtype=convert_dtype
+    )
+
+
+MLA: dict[str, Any] = {"heads": 1, "parts": (576,), "tokens": 64}
+CPU: dict[str, Any] = {"heads": 4, "parts": (64, 64), "tokens": 128}
+PAIRS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("nothing", {}, {}),
+    ("physical order LBNHC → LBHNC", {"order": "LBNHC"}, {}),
+    ("physical order LBHNC → BLNHC", {}, {"order": "BLNHC"}),
+    ("block size 16 → 64", {}, {"tokens": 64}),
+    ("block size 128 → 32", {"tokens": 128}, {"tokens": 32}),
+    ("block size 48 → 32 (neither divides the other)", {"tokens": 48}, {"tokens": 32}),
+    ("TP 1 → 4", {}, {"tp": 4}),
+    ("TP 8 → 2", {"tp": 8}, {"tp": 2}),
+    ("TP 16 → 4 with 8 KV heads (heads held twice)", {"tp": 16}, {"tp": 4}),
+    ("order, block size and TP at once", {"order": "LBNHC", "tp": 2}, {"tokens": 64, "tp": 8}),
+    ("CPU packing vec → amx", {**CPU, "interior": "vec"}, {**CPU, "interior": "amx"}),
+    ("GPU (plain) → CPU (amx)", {**CPU, "tokens": 16}, {**CPU, "interior": "amx"}),
+    ("CPU (vec16, block 16) → GPU (plain)", {**CPU, "tokens": 16, "interior": "vec16"}, CPU),
+    ("MLA, block size 64 → 16", MLA, {**MLA, "tokens": 16}),
+    ("MLA, TP 1 → 8", MLA, {**MLA, "tp": 8}),
+    ("dtype float32 → bfloat16", {"dtype": "float32"}, {}),
+    ("dtype float32 → bfloat16, allowed by decode", {"dtype": "float32"}, {"convert_dtype": True}),
+    ("dtype bfloat16 → float8_e4m3fn, allowed by decode", {}, {"dtype": "float8_e4m3fn", "convert_dtype": True}),
+    ("number of KV heads", {}, {"heads": 4}),
+    ("head size", {}, {"parts": (64, 64)}),
+    ("block size, decode without landing_bytes", {}, {"tokens": 64, "slots": 0}),
+    ("block size, a block of prefill larger than a slot", {"tokens": 1024}, {}),
+]
+
+
+def conversions_table() -> str:
+    lines = ["| what differs, prefill → decode | mode | refused because |", "|---|---|---|"]
+    for what, prefill, decode in PAIRS:
+        source, target = _engine("prefill", **prefill), _engine("decode", **decode)
+        try:
+            compare(target, source)
+        except errors.CompatError as error:
+            why = error.hint.removeprefix("and it cannot be converted: ").split(";")[0]
+            lines.append(f"| {what} | refused | `{error.field}`: {why} |")
+        else:
+            lines.append(f"| {what} | {'direct' if is_direct(target, source) else 'landing'} | |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "connector.md": ("settings", settings_table),
+    "errors.md": ("errors", errors_table),
+    "conversions.md": ("conversions", conversions_table),
+}
 
 
 def main() -> int:

@@ -292,7 +292,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="fetch_model.py", description="Puts the demo's and the tests' models on disk."
     )
     parser.add_argument(
-        "models", nargs="*", choices=[*MODELS, "all", []], metavar="MODEL", help="smollm2, tiny, tiny-other, tiny-mla or all"
+        "models",
+        nargs="*",
+        choices=[*MODELS, "all", []],
+        metavar="MODEL",
+        help="smollm2, tiny, tiny-other, tiny-mla or all",
     )
     parser.add_argument("--dir", type=Path, default=default_models(), help="where (default: $LMKV_MODELS or models/)")
     parser.add_argument("--check", action="store_true", help="only say what is there; exit status 1 if one is missing")

@@ -12,6 +12,8 @@ TORCH=2.13.0 VLLM=0.32.0 NIXL=1.5.1
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 
 kind=${LMKV_SETUP:-cpu}
+cuda=OFF
+[[ $kind == gpu ]] && cuda=AUTO
 venv=${LMKV_VENV:-.venv}
 stamp=$venv/.lmkv-setup
 log=$venv/lmkv-setup.log
@@ -23,7 +25,9 @@ fail() {
 }
 
 wanted_stamp() {
-  printf '%s %s\n' "$kind" "$(cat pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)"
+  local sources
+  mapfile -t sources < <(find csrc -type f | sort)
+  printf '%s %s\n' "$kind" "$(cat pyproject.toml CMakeLists.txt scripts/setup.sh "${sources[@]}" | sha256sum | cut -d' ' -f1)"
 }
 
 find_python() {
@@ -94,11 +98,15 @@ install_lmkv() {
   # The nixl package chooses between the CUDA builds; with its dependencies it would pull in every one of them.
   must "installing nixl==$NIXL" pip install --no-deps "nixl==$NIXL"
   pip freeze --exclude-editable | grep -E '^[A-Za-z0-9._-]+==' >"$venv/lmkv-constraints.txt"
-  must "installing lmkv with its tools" pip install --constraint "$venv/lmkv-constraints.txt" --editable '.[dev,model]'
+  # Not isolated: the kernels are compiled against the torch that is here.
+  must "installing build tools" pip install 'scikit-build-core>=0.11' cmake ninja
+  must "compiling and installing lmkv with its tools" pip install --constraint "$venv/lmkv-constraints.txt" \
+    --no-build-isolation --config-settings "cmake.define.LMKV_CUDA=$cuda" --editable '.[dev,model]'
 }
 
 check_it_runs() {
   must "trying it" "$venv/bin/python" -c 'import torch, transformers, nixl, vllm, lmkv; print(torch.__version__)'
+  must "proving the kernels" "$venv/bin/python" -m lmkv.kernels
 }
 
 stopped() {

@@ -21,6 +21,8 @@ from lmkv.transfer.routes import engine_routes
 _SAMPLES = 64
 _SAMPLE_BYTES = 64 * 1024
 _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+_CONVERTED = {"dtype", "kv_dtype"}
+"""Parts of `must` in which two engines may differ if decode converts (`convert_dtype`); never copied verbatim then."""
 _HINTS = {
     "weights": "both engines must serve the same weight files; compare --model on both",
     "model": "both engines must serve the same model; compare --model and --hf-overrides on both",
@@ -89,7 +91,7 @@ def must_match(vllm_config: Any, vllm_version: str) -> dict[str, str]:
 
 def is_direct(ours: wire.EngineCard, theirs: wire.EngineCard) -> bool:
     """KV is copied verbatim between these two."""
-    return ours.layout == theirs.layout
+    return ours.layout == theirs.layout and all(ours.must.get(name) == theirs.must.get(name) for name in _CONVERTED)
 
 
 def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
@@ -100,24 +102,25 @@ def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
     if {ours.role, theirs.role} in ({"prefill"}, {"decode"}):
         raise CompatError("role", ours.role, theirs.role, peer=peer, hint="a pair is one prefill and one decode engine")
     decode = ours if ours.role == "decode" or theirs.role == "prefill" else theirs
-    converted = {"dtype", "kv_dtype"} if decode.convert_dtype else set()
+    converted = _CONVERTED if decode.convert_dtype else set()
     names = sorted(ours.must.keys() | theirs.must.keys(), key=lambda n: (n not in ("model", "weights"), n))
     differing = [name for name in names if ours.must.get(name) != theirs.must.get(name) and name not in converted]
     if differing:
         _refuse(differing[0], ours.must, theirs.must, peer, "such KV cannot be exchanged")
     if is_direct(ours, theirs):
         return
-    names = sorted(ours.layout.keys() | theirs.layout.keys())
-    field = next(name for name in names if ours.layout.get(name) != theirs.layout.get(name))
     why = _not_convertible(ours, theirs) if decode is theirs else _not_convertible(theirs, ours)
     if why:
-        _refuse(field, ours.layout, theirs.layout, peer, f"and it cannot be converted: {why}")
+        mine, other = {**ours.must, **ours.layout}, {**theirs.must, **theirs.layout}
+        field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
+        _refuse(field, mine, other, peer, f"and it cannot be converted: {why}")
 
 
 def _not_convertible(prefill: wire.EngineCard, decode: wire.EngineCard) -> str:
     """Why KV of `prefill` cannot land at `decode`; empty when it can."""
     for name, card in (("prefill", prefill), ("decode", decode)):
-        if any(len(worker.geometries) != len(card.block_tokens) for worker in card.workers):
+        known = [len(worker.geometries) == len(card.block_tokens) for worker in card.workers]
+        if not known or not all(known):
             return f"the layout of {name} engine {card.name!r} is not one that lmkv knows"
     if any(worker.slots == 0 for worker in decode.workers):
         return f"decode engine {decode.name!r} has no memory for it (landing_bytes)"

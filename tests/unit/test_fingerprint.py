@@ -13,7 +13,7 @@ from lmkv.vllm.fingerprint import compare, config_digest, weights_digest
 
 
 def engine(
-    role: str = "prefill", must: dict[str, str] | None = None, layout: dict[str, str] | None = None, protocol: int = 1
+    role: str = "prefill", must: dict[str, str] | None = None, layout: dict[str, str] | None = None, protocol: int = wire.PROTOCOL
 ) -> wire.EngineCard:
     fields = {"model": "m", "weights": "w", "dtype": "bf16"} | (must or {})
     places = {"block_tokens": "128", "tp": "1"} | (layout or {})
@@ -37,7 +37,7 @@ def test_equal_engines_of_opposite_roles_pair() -> None:
         (engine("decode", layout={"tp": "2"}), "tp", "--tensor-parallel-size"),
         (engine("decode", layout={"block_tokens": "64"}), "block_tokens", "--block-size"),
         (engine("prefill"), "role", "one prefill and one decode"),
-        (engine("decode", protocol=2), "protocol", "one lmkv version"),
+        (engine("decode", protocol=1), "protocol", "one lmkv version"),
     ],
 )
 def test_a_difference_is_refused_by_name(theirs: wire.EngineCard, field: str, hint: str) -> None:
