@@ -1,4 +1,4 @@
-"""A worker's KV memory: found in vLLM's tensors, described by cards, read for checksums and dumps."""
+"""A worker's KV memory: found in vLLM's tensors, described by cards, read for checksums."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -195,13 +194,3 @@ def checksum(runs: Runs) -> int:
     for address, size in runs.tolist():
         state.update((ctypes.c_char * size).from_address(address))
     return state.intdigest()
-
-
-def dump(path: Path, runs: Runs) -> None:
-    """Write the bytes of the runs to a file (tests compare both sides' files)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        for address, size in runs.tolist():
-            file.write((ctypes.c_char * size).from_address(address))
-    partial.rename(path)

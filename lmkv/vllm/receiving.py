@@ -18,7 +18,7 @@ from lmkv.transfer.incoming import ReceiverLimits
 from lmkv.transfer.plan import runs_for
 from lmkv.transfer.receiver import Receiver
 
-from . import memory
+from . import dump, memory
 from .landing import LandingSlots
 from .metadata import ExpectSpec, RankReport
 from .peers import Peers
@@ -39,6 +39,7 @@ class Receiving:
     ) -> None:
         self._settings = settings
         self._rank = rank
+        self._found = found
         self._map = found.map()
         self._layers = self._map.layers()
         self._sizes = self._map.layer_block_bytes()
@@ -210,7 +211,7 @@ class Receiving:
             trace.clock_offset_s = pal.clock_offset_s
         if action.outcome is not ev.ReceiveOutcome.LOADED:
             logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
-        elif self._settings.debug_dump_dir and not spec.landing:
+        elif self._settings.debug_dump_dir:
             self._dump(spec)
         drained = action.drained
         if drained:
@@ -226,6 +227,11 @@ class Receiving:
 
     def _dump(self, spec: ExpectSpec) -> None:
         for blocks in spec.blocks:
-            rect = ev.Rect(blocks.group, 0, self._layers[blocks.group], blocks.lo, blocks.hi)
             path = Path(self._settings.debug_dump_dir, f"{spec.transfer_id}-decode-{self._rank}-{blocks.group}.kv")
-            memory.dump(path, runs_for(self._map, rect, blocks.ids))
+            if spec.landing:
+                first_token = blocks.lo * self._found.block_tokens[blocks.group]
+                tokens = (max(first_token, spec.tokens[0]), spec.tokens[1])
+                dump.dump_page(path, self._found, blocks.group, blocks.ids, tokens, first_token)
+            else:
+                rect = ev.Rect(blocks.group, 0, self._layers[blocks.group], blocks.lo, blocks.hi)
+                dump.dump_runs(path, runs_for(self._map, rect, blocks.ids))

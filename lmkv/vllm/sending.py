@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,15 @@ from lmkv.transfer.plan import KvMap, extents_for, runs_for
 from lmkv.transfer.sender import Sender
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 
-from . import memory
+from . import dump, memory
 from .commands import LayersDone, Ready, StepDone
 from .metadata import BlockRange, OfferSpec
 from .peers import Pal, Peers
 from .trace import SendTrace, facts
 
 logger = logging.getLogger(__name__)
+
+_EARLY_TRANSFERS = 1024
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ class Sending:
         self._peer_maps: dict[PeerId, KvMap] = {}
         self._shares: dict[tuple[PeerId, int], Share] = {}
         self._sources: dict[TransferId, _Source] = {}
+        self._early_credits: OrderedDict[TransferId, list[wire.Credit]] = OrderedDict()
         self._ops: dict[OpId, tuple[TransferId, int]] = {}
         self._done: deque[ev.WriteDone] = deque()
         self._sent: list[RequestId] = []
@@ -159,6 +162,8 @@ class Sending:
             if self._forget_if_closed(grant.transfer_id):  # late: it was answered from the tombstone
                 self._fail_other(grant, ranks[1:])
                 return
+        for credit in self._early_credits.pop(grant.transfer_id, []):
+            self.credit_came(credit, now_s)
 
     def _forget_if_closed(self, tid: TransferId) -> bool:
         source = self._sources.get(tid)
@@ -175,11 +180,16 @@ class Sending:
             self._answer(ev.Peer(grant.incarnation, rank), failed)
 
     def credit_came(self, credit: wire.Credit, now_s: float) -> None:
+        """Grants come from decode's engine, credits from its ranks: either may be first."""
         source = self._sources.get(credit.transfer_id)
-        if source is not None:
-            lane = source.fan.lane(credit.rank)
-            peer = ev.Peer(credit.incarnation, credit.rank)
-            self.handle(ev.Credited(peer, lane, credit.epoch, credit.slots), now_s)
+        if source is None or (credit.incarnation, credit.epoch) not in source.grants:
+            self._early_credits.setdefault(credit.transfer_id, []).append(credit)
+            while len(self._early_credits) > _EARLY_TRANSFERS:
+                self._early_credits.popitem(last=False)
+            return
+        lane = source.fan.lane(credit.rank)
+        peer = ev.Peer(credit.incarnation, credit.rank)
+        self.handle(ev.Credited(peer, lane, credit.epoch, credit.slots), now_s)
 
     def cancel_came(self, message: wire.Cancel, now_s: float) -> None:
         peer = ev.Peer(message.incarnation, message.rank)
@@ -352,16 +362,21 @@ class Sending:
             trace.clock_offset_s = pal.clock_offset_s
         if worst.outcome is not ev.SendOutcome.SENT:
             logger.info("transfer %s ended as %s %s", tid, worst.outcome.value, worst.reason)
-        elif self._settings.debug_dump_dir and grant is not None and not grant.landing:
+        elif self._settings.debug_dump_dir and grant is not None:
             self._dump(tid, source, grant)
         self._ledgers.append(facts(trace))
 
     def _dump(self, tid: TransferId, source: _Source, grant: wire.Grant) -> None:
         for group, (lo, ids) in enumerate(zip(grant.first_block, grant.block_ids, strict=True)):
-            rect = ev.Rect(group, 0, self._layers[group], lo, lo + len(ids))
             own = source.block_ids[group][lo : lo + len(ids)]
             path = Path(self._settings.debug_dump_dir, f"{tid}-prefill-{self._rank}-{group}.kv")
-            memory.dump(path, runs_for(self._map, rect, own, ids))
+            if grant.landing:
+                first_token = lo * self._block_tokens[group]
+                tokens = (max(first_token, grant.first_token), grant.prompt_tokens)
+                dump.dump_page(path, self._found, group, own, tokens, first_token)
+            else:
+                rect = ev.Rect(group, 0, self._layers[group], lo, lo + len(ids))
+                dump.dump_runs(path, runs_for(self._map, rect, own, ids))
 
     def _source(self, tid: TransferId) -> _Source:
         source = self._sources.get(tid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -45,6 +46,7 @@ class Pair:
     decode: Engine
     router: Router
     model: str
+    dumps: Path
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
@@ -53,6 +55,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     run = tmp_path_factory.mktemp(case.name)
     # Three ranks on two cores: one may be starved for seconds, which is no loss of a peer here.
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "LMKV_LEASE_S": "60", "LMKV_PAIR_S": "60"}
+    env["LMKV_DEBUG_DUMP_DIR"] = str(run / "dumps")
     common = ("--max-num-batched-tokens", "256", "--served-model-name", case.model)
     accepting = env if case.exact else {**env, "LMKV_CONVERT_DTYPE": "true"}
     prefill = Engine.start("prefill", "prefill", run, *common, *case.prefill, model=case.model, env=env)
@@ -63,7 +66,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         router = Router.start("router", run, [prefill], [decode])
         with stopping(router):
             router.wait_ready()
-            yield Pair(case, prefill, decode, router, case.model)
+            yield Pair(case, prefill, decode, router, case.model, run / "dumps")
 
 
 @pytest.fixture
@@ -84,9 +87,27 @@ async def test_converted_kv_answers_as_if_it_were_our_own(pair: Pair, client: Cl
     await client.reset_cache(pair.decode)
     alone = await client.complete(pair.decode.url, ids, max_tokens=16)
     if pair.case.exact:
+        ranks = (len(attempt["engines"][side]["ranks"]) for side in ("prefill", "decode"))
+        sent, loaded = (
+            page(pair, attempt["transfer_id"], *of) for of in zip(("prefill", "decode"), ranks, strict=True)
+        )
+        assert len(sent) > 0 and sent == loaded, "the same numbers on both sides"
         assert reply.text == alone.text
     else:
         assert reply.status == 200 and len(reply.text) > 0
+
+
+def page(pair: Pair, tid: str, side: str, ranks: int) -> bytes:
+    """The canonical page that an engine has dumped: heads of its ranks one after the other, each latent once."""
+    shares = [(pair.dumps / f"{tid}-{side}-{rank}-0.kv").read_bytes() for rank in range(ranks)]
+    return shares[0] if pair.model == MLA else b"".join(shares)
+
+
+async def test_blocks_and_slots_come_back(pair: Pair, client: Client) -> None:
+    """More transfers one after the other than there are slots to lose."""
+    ids = await client.tokens(pair.decode, PROSE)
+    for i in range(12):
+        await client.complete(pair.router.url, ids[30 * i : 30 * i + 500], max_tokens=1)
     await client.all_blocks_free(pair.prefill, pair.decode)
 
 

@@ -13,7 +13,10 @@ from lmkv.vllm.fingerprint import compare, config_digest, weights_digest
 
 
 def engine(
-    role: str = "prefill", must: dict[str, str] | None = None, layout: dict[str, str] | None = None, protocol: int = wire.PROTOCOL
+    role: str = "prefill",
+    must: dict[str, str] | None = None,
+    layout: dict[str, str] | None = None,
+    protocol: int = wire.PROTOCOL,
 ) -> wire.EngineCard:
     fields = {"model": "m", "weights": "w", "dtype": "bf16"} | (must or {})
     places = {"block_tokens": "128", "tp": "1"} | (layout or {})
