@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .doctor import doctor
 from .router import router
 from .version import version
 
@@ -15,6 +16,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
 )
 main.command()(router)
+main.command()(doctor)
 main.command()(version)
 
 __all__ = ["main"]

@@ -20,13 +20,14 @@ TINY, MLA = "tiny-llama", "tiny-deepseek"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """Arguments of the two engines; `exact`: decode computes in prefill's dtype, so that answers are equal."""
+    """Arguments of the two engines. `same_numbers`: of one dtype. `same_answers`: decode alone computes the same."""
 
     name: str
     prefill: tuple[str, ...]
     decode: tuple[str, ...]
     model: str = TINY
-    exact: bool = True
+    same_numbers: bool = True
+    same_answers: bool = True
 
 
 F32 = ("--dtype", "float32")
@@ -34,8 +35,15 @@ TP2 = ("--tensor-parallel-size", "2")
 CASES = [
     Case("tp-1-to-2", (*F32, "--block-size", "32"), (*F32, *TP2)),
     Case("tp-2-to-1", (*F32, *TP2), (*F32, "--block-size", "32")),
-    Case("mla-1-to-2", F32, (*F32, *TP2), MLA),
-    Case("float32-to-bfloat16", F32, ("--dtype", "bfloat16", "--block-size", "64"), exact=False),
+    # vLLM's CPU engine computes MLA differently on two ranks than on one, with no connector at all.
+    Case("mla-1-to-2", F32, (*F32, *TP2), MLA, same_answers=False),
+    Case(
+        "float32-to-bfloat16",
+        F32,
+        ("--dtype", "bfloat16", "--block-size", "64"),
+        same_numbers=False,
+        same_answers=False,
+    ),
 ]
 
 
@@ -57,7 +65,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     env = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "LMKV_LEASE_S": "60", "LMKV_PAIR_S": "60"}
     env["LMKV_DEBUG_DUMP_DIR"] = str(run / "dumps")
     common = ("--max-num-batched-tokens", "256", "--served-model-name", case.model)
-    accepting = env if case.exact else {**env, "LMKV_CONVERT_DTYPE": "true"}
+    accepting = env if case.same_numbers else {**env, "LMKV_CONVERT_DTYPE": "true"}
     prefill = Engine.start("prefill", "prefill", run, *common, *case.prefill, model=case.model, env=env)
     decode = Engine.start("decode", "decode", run, *common, *case.decode, model=case.model, env=accepting)
     with stopping(prefill, decode):
@@ -82,24 +90,25 @@ async def test_converted_kv_answers_as_if_it_were_our_own(pair: Pair, client: Cl
     reply = await client.complete(pair.router.url, ids, max_tokens=16)
     attempt = await client.explain(pair.router, reply.request_id)
     decode = attempt["engines"]["decode"]
-    assert decode["mode"] == "landing" and "miss" not in decode
+    assert decode["mode"] == "landing" and "miss" not in decode, decode
     assert {rank["outcome"] for rank in decode["ranks"].values()} == {"loaded"}
     await client.reset_cache(pair.decode)
     alone = await client.complete(pair.decode.url, ids, max_tokens=16)
-    if pair.case.exact:
+    if pair.case.same_numbers:
         ranks = (len(attempt["engines"][side]["ranks"]) for side in ("prefill", "decode"))
         sent, loaded = (
             page(pair, attempt["transfer_id"], *of) for of in zip(("prefill", "decode"), ranks, strict=True)
         )
-        assert len(sent) > 0 and sent == loaded, "the same numbers on both sides"
+        assert len(sent) > 0 and sent == loaded
+    if pair.case.same_answers:
         assert reply.text == alone.text
-    else:
-        assert reply.status == 200 and len(reply.text) > 0
+    await client.all_blocks_free(pair.prefill, pair.decode)
 
 
 def page(pair: Pair, tid: str, side: str, ranks: int) -> bytes:
-    """The canonical page that an engine has dumped: heads of its ranks one after the other, each latent once."""
+    """The canonical page that an engine has dumped: heads of its ranks one after the other; latents are the same."""
     shares = [(pair.dumps / f"{tid}-{side}-{rank}-0.kv").read_bytes() for rank in range(ranks)]
+    assert pair.model != MLA or len(set(shares)) == 1
     return shares[0] if pair.model == MLA else b"".join(shares)
 
 
@@ -120,7 +129,7 @@ async def test_a_prefix_that_decode_has_is_not_sent_again(pair: Pair, client: Cl
     assert 0 < attempt["engines"]["decode"]["first_token"] < 300
     await client.reset_cache(pair.decode)
     alone = await client.complete(pair.decode.url, ids, max_tokens=8)
-    if pair.case.exact:
+    if pair.case.same_answers:
         assert reply.text == alone.text
 
 
@@ -130,6 +139,6 @@ async def test_many_at_once(pair: Pair, client: Client) -> None:
     replies = await asyncio.gather(*(client.complete(pair.router.url, prompt) for prompt in prompts))
     await client.reset_cache(pair.decode)
     alone = await asyncio.gather(*(client.complete(pair.decode.url, prompt) for prompt in prompts))
-    if pair.case.exact:
+    if pair.case.same_answers:
         assert [reply.text for reply in replies] == [reply.text for reply in alone]
     await client.all_blocks_free(pair.prefill, pair.decode)
