@@ -220,15 +220,16 @@ class Client:
         reply.texts = [texts[i] for i in sorted(texts)]
         return reply
 
-    async def explain(self, router: Router, request_id: str) -> dict[str, Any]:
-        """The last attempt's ledger, once both engines have closed theirs."""
+    async def explain(self, router: Router, request_id: str, *, ranks: bool = False) -> dict[str, Any]:
+        """The last attempt's ledger, once both engines have closed theirs (`ranks`: and their ranks have, too)."""
 
         async def closed() -> dict[str, Any] | None:
             async with self.session.get(f"{router.url}/explain/{request_id}") as response:
                 told = await response.json()
             attempt: dict[str, Any] = told["attempts"][-1]
             sides = attempt["engines"]
-            if sides and all(side and "finished_s" in side for side in sides.values()):
+            wanted = {"finished_s", "ranks"} if ranks else {"finished_s"}
+            if sides and all(side and wanted <= side.keys() for side in sides.values()):
                 return attempt
             return None
 

@@ -88,7 +88,7 @@ async def test_converted_kv_answers_as_if_it_were_our_own(pair: Pair, client: Cl
     ids = (await client.tokens(pair.decode, PROSE))[:tokens]
     await client.reset_cache(pair.decode)
     reply = await client.complete(pair.router.url, ids, max_tokens=16)
-    attempt = await client.explain(pair.router, reply.request_id)
+    attempt = await client.explain(pair.router, reply.request_id, ranks=True)
     decode = attempt["engines"]["decode"]
     assert decode["mode"] == "landing" and "miss" not in decode, decode
     assert {rank["outcome"] for rank in decode["ranks"].values()} == {"loaded"}
@@ -122,6 +122,8 @@ async def test_blocks_and_slots_come_back(pair: Pair, client: Client) -> None:
 
 async def test_a_prefix_that_decode_has_is_not_sent_again(pair: Pair, client: Client) -> None:
     """Decode's cached prefix ends within a block of prefill, or the other way round."""
+    if pair.model == MLA:
+        pytest.skip("vLLM's CPU engine does not cache prefixes of MLA models")
     ids = (await client.tokens(pair.decode, PROSE))[100:900]
     await client.complete(pair.decode.url, ids[:300], max_tokens=1)
     reply = await client.complete(pair.router.url, ids, max_tokens=8)
