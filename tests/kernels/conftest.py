@@ -1,0 +1,3 @@
+from .shim import shim_library
+
+__all__ = ["shim_library"]
