@@ -65,18 +65,16 @@ def _kernels() -> Iterator[Finding]:
     if find_spec("torch") is None:
         yield Finding("kernels", "missing", "torch is not installed", "engines bring it; a router needs none")
         return
-    import torch
-
     from lmkv.errors import LmkvError
     from lmkv.kernels import loaded, selftest
+    from lmkv.kernels.selftest import devices
 
     try:
         selftest()
     except LmkvError as error:
         yield Finding("kernels", "broken", error.message, error.hint)
         return
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    for device in devices:
+    for device in devices():
         if device in loaded:
             yield Finding(f"kernels, {device}", "ok", f"compiled, {loaded[device]}")
         else:

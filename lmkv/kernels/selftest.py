@@ -40,11 +40,15 @@ def _cases() -> list[tuple[Geometry, Geometry]]:
     ]
 
 
+def devices() -> list[str]:
+    """Those that torch sees here."""
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
 def selftest() -> list[str]:
     """What was proved, a line each. Raises LayoutError naming the first op that is wrong."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     lines = []
-    for device in devices:
+    for device in devices():
         for source, target in _cases():
             _prove(source, target, device)
         how = f"compiled, {loaded[device]}" if device in loaded else "reference in torch (nothing compiled is loaded)"
