@@ -40,6 +40,8 @@ class EngineEndpoint:
         self._wanted: dict[str, float] = {}
         self._to_send: deque[tuple[str, wire.Control]] = deque()
         self._stop = threading.Event()
+        self._closed = "the digest of the weights is not known yet"
+        """Why there is no pairing (yet)."""
         self._thread = threading.Thread(target=self._run, name="lmkv-endpoint", daemon=True)
 
     @property
@@ -47,16 +49,26 @@ class EngineEndpoint:
         return self._inbox.address
 
     def start(self, card: wire.EngineCard, peers: tuple[str, ...]) -> None:
-        self._pairing = Pairing(card, compare)
         now_s = time.monotonic()
-        self._wanted = dict.fromkeys(peers, now_s + _WANTED_FOR_S)
-        self._thread.start()
+        with self._lock:
+            if self._stop.is_set():
+                return
+            self._pairing = Pairing(card, compare)
+            self._wanted = dict.fromkeys(peers, now_s + _WANTED_FOR_S)
+            self._thread.start()
+
+    def refuse_all(self, reason: str) -> None:
+        """Instead of `start`: this engine pairs with nobody."""
+        self._closed = reason
 
     # --- engine thread ---
 
     def pair(self, address: str) -> tuple[PairState, str, wire.EngineCard | None]:
-        """State of the pair with the engine at `address`; a pending one is (further) sought."""
-        assert self._pairing is not None
+        """State of the pair with the engine at `address`; a pending one is (further) sought.
+
+        Before `start` there are no pairs. That is told as a refusal, so that no request waits for it."""
+        if self._pairing is None:
+            return PairState.REFUSED, self._closed, None
         with self._lock:
             state, reason = self._pairing.state(address)
             card = self._pairing.ready_card(address)
@@ -78,7 +90,8 @@ class EngineEndpoint:
         self._wake.set()
 
     def close(self) -> None:
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from lmkv import wire
@@ -18,8 +17,6 @@ from lmkv.errors import CompatError, LayoutError
 from lmkv.layout import refusal
 from lmkv.transfer.routes import engine_routes
 
-_SAMPLES = 64
-_SAMPLE_BYTES = 64 * 1024
 _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
 _CONVERTED = {"dtype", "kv_dtype"}
 """Parts of `must` in which two engines may differ if decode converts (`convert_dtype`); never copied verbatim then."""
@@ -49,35 +46,12 @@ def config_digest(config: Mapping[str, Any]) -> str:
     return digest({key: value for key, value in config.items() if key not in _VOLATILE})
 
 
-def weights_digest(model: str) -> str:
-    """Sampled digest of the weight files in a model folder: names, sizes, head and 64 samples of 64 KiB of each.
-
-    Tells different weights apart unless they agree in every sample; it is not a digest of the whole content. A model
-    that is not a folder (a hub name) gives `name:<model>`.
-    """
-    folder = Path(model)
-    if not folder.is_dir():
-        return f"name:{model}"
-    state = hashlib.blake2b(digest_size=8)
-    suffixes = (".safetensors", ".bin", ".pt", ".gguf")
-    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
-        size = path.stat().st_size
-        state.update(f"{path.name}:{size};".encode())
-        step = max(_SAMPLE_BYTES, size // _SAMPLES)
-        with path.open("rb") as file:
-            for offset in range(0, size, step):
-                file.seek(offset)
-                state.update(file.read(_SAMPLE_BYTES))
-    return state.hexdigest()
-
-
 def must_match(vllm_config: Any, vllm_version: str) -> dict[str, str]:
-    """The `must` part from vLLM's configuration."""
+    """The `must` part from vLLM's configuration, but for `weights` (lmkv.weights), which takes time to know."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     speculative = vllm_config.speculative_config
     return {
         "model": ",".join(model.architectures or ["?"]) + ":" + config_digest(model.hf_text_config.to_dict()),
-        "weights": weights_digest(model.model),
         "dtype": str(model.dtype),
         "kv_dtype": str(cache.cache_dtype),
         "quantization": str(model.quantization),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+import time
 from typing import Any
 
 import vllm
@@ -16,6 +18,7 @@ from lmkv.control.mailbox import Outbox, split_address
 from lmkv.errors import ConfigError
 from lmkv.ids import EngineName, make_incarnation
 from lmkv.obs.ledger import LedgerBook
+from lmkv.weights import default_cache, weights_digest
 
 from .decode import DecodeSide
 from .endpoint import EngineEndpoint
@@ -44,6 +47,7 @@ class SchedulerSide:
         self._role = ROLES[vllm_config.kv_transfer_config.kv_role]
         self._incarnation = make_incarnation(os.urandom(8))
         self._must = must_match(vllm_config, vllm.__version__)
+        self._model = str(vllm_config.model_config.model)
         self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
         self._meta = StepMeta()
         self.book = LedgerBook()
@@ -69,27 +73,42 @@ class SchedulerSide:
         return f"tcp://{host}:{port + parallel.data_parallel_rank if port else 0}"
 
     def start(self, workers: dict[int, HandshakeMeta]) -> None:
-        """All workers have registered their caches: the engine can be described, and peers may come."""
+        """All workers have registered their caches: peers may come as soon as the weights are known."""
         ordered = [workers[rank] for rank in sorted(workers)]
         layouts = [meta.layout for meta in ordered]
         if any(layout != layouts[0] for layout in layouts):
             raise ConfigError(f"ranks of this engine differ in their KV layout: {layouts}", hint="report this")
-        _, port = split_address(self._endpoint.address)
-        name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
         layout = layouts[0] | {
             "block_tokens": ",".join(map(str, self._block_tokens)),
             "kv_layout": str(self._kv_cache_config.kv_cache_layout),
             "tp": str(len(ordered)),
         }
+        threading.Thread(
+            target=self._open, args=(tuple(meta.card for meta in ordered), layout), name="lmkv-weights", daemon=True
+        ).start()
+
+    def _open(self, workers: tuple[wire.WorkerCard, ...], layout: dict[str, str]) -> None:
+        """On a thread of its own: reads the weights once, then lets the endpoint speak for this engine."""
+        started_s = time.monotonic()
+        try:
+            weights = weights_digest(self._model, default_cache(os.environ))
+        except ConfigError as error:
+            logger.error("this engine exchanges no KV: %s", error)
+            self._endpoint.refuse_all(str(error))
+            return
+        logger.info("weights are %s, known after %.1f s", weights, time.monotonic() - started_s)
+        _, port = split_address(self._endpoint.address)
+        name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
+        must = self._must | {"weights": weights}
         card = wire.EngineCard(
             EngineName(name),
             self._incarnation,
             self._endpoint.address,
             self._role,
-            self._must,
+            must,
             layout,
             self._block_tokens,
-            tuple(meta.card for meta in ordered),
+            workers,
             convert_dtype=self._settings.convert_dtype,
         )
         self._endpoint.start(card, self._settings.peers)

@@ -113,8 +113,8 @@ def page(pair: Pair, tid: str, side: str, ranks: int) -> bytes:
 
 
 DTYPE_BOUND = 0.25
-"""How far logprobs of the first token may move when float32 KV is rounded to bfloat16 (seen: 0.09); an engine's own bfloat16 KV is
-rounded too, from activations in bfloat16."""
+"""How far logprobs of the first token may move when float32 KV is rounded to bfloat16 (seen: 0.09). An engine's own
+bfloat16 KV is rounded too, from activations in bfloat16."""
 
 
 async def test_another_dtype_moves_the_first_token_little(pair: Pair, client: Client) -> None:
