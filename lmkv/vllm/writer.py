@@ -44,8 +44,13 @@ from .sending import Sending
 logger = logging.getLogger(__name__)
 
 BUSY_S = 0.001
+SLOW_S = 0.008
 IDLE_S = 0.05
-"""A data plane without descriptors is polled this often: while something is expected, and otherwise."""
+"""A data plane without descriptors is polled this often: while something is expected, while writes take long, and
+otherwise."""
+LONG_S = 0.005
+"""A rank that only sends and has seen no write end for so long has a slow link. To look every millisecond would then
+push a few packets at a time, and cost the engine on the same core a tenth of its speed."""
 
 
 class WorkerLoop:
@@ -65,6 +70,7 @@ class WorkerLoop:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._fences: list[Preempted] = []
+        self._ended_s = 0.0
         self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox)
@@ -141,6 +147,8 @@ class WorkerLoop:
             poller.poll(self._timeout_s(bool(descriptors)) * 1000)
             self._wake.clear()
             now_s = time.monotonic()
+            if self._transport.in_flight == 0:
+                self._ended_s = now_s
             self._take_letters(now_s)
             self._take_commands(now_s)
             self._take_events(now_s)
@@ -153,12 +161,19 @@ class WorkerLoop:
         if self._commands and not self._blocked():
             return 0.0
         now_s = time.monotonic()
-        waiting = self._transport.in_flight > 0 or self._receiving.active or self._peers.warming
-        most = 1.0 if has_descriptors else BUSY_S if waiting else IDLE_S
+        most = 1.0 if has_descriptors else self._pause_s(now_s)
         if self._commands:
             most = min(most, BUSY_S)
         deadlines = [d - now_s for d in (self._sending.deadline_s(), self._receiving.deadline_s()) if d is not None]
         return max(0.0, min([most, self._peers.next_s(now_s), *deadlines]))
+
+    def _pause_s(self, now_s: float) -> float:
+        """Between two polls of a data plane without descriptors."""
+        if self._receiving.active or self._peers.warming:
+            return BUSY_S
+        if self._transport.in_flight == 0:
+            return IDLE_S
+        return BUSY_S if now_s - self._ended_s < LONG_S else SLOW_S
 
     def _blocked(self) -> bool:
         """The next command waits for the device."""
@@ -217,6 +232,7 @@ class WorkerLoop:
         for event in self._transport.poll():
             match event:
                 case Completion(op, error):
+                    self._ended_s = now_s
                     self._transport.release(op)
                     if not self._peers.completed(op, error, now_s):
                         self._sending.completed(op, error, now_s)
