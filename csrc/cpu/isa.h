@@ -33,7 +33,7 @@ UnitFn convert_unit;
 #endif
 
 // Rows that do not fit from place to place directly go through two buffers of a tile of tokens each, in cache.
-constexpr int64_t kTileBytes = 16 << 10;
+constexpr int64_t kTileBytes = 64 << 10;
 constexpr int64_t kTileTokens = 32; // at least, and a multiple of: a full cache line of 2-byte elements
 
 inline int64_t tile_tokens(int64_t row_bytes) {

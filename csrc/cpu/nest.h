@@ -18,7 +18,8 @@ constexpr int kMaxAxes = 3; // head, part and token
 struct Nest {
     Axis axes[kMaxAxes];
     int rank;
-    int64_t run; // bytes
+    int64_t run;  // bytes
+    int64_t next; // how far off from a run lies what is read after it, if not right behind: see copy_run
 };
 
 // Axes whose steps join one run to the next become part of the run. The others are put in the order in which the source
@@ -48,6 +49,11 @@ inline void simplify(Nest& nest, bool sums) {
         for (int k = nest.rank; k > 0; --k) nest.axes[k] = nest.axes[k - 1];
         nest.axes[0] = {1, 0, 0, 0};
     }
+    // The source is read in stretches: a run, or all runs of the inner loop where they follow each other.
+    const Axis &y = nest.axes[1], &z = nest.axes[2];
+    const bool together = z.source == nest.run;
+    const int64_t far = together ? y.source : z.source;
+    nest.next = far == nest.run * z.count ? 0 : far;
 }
 
 // Whether every run is made of whole cache lines at the target.
@@ -61,13 +67,14 @@ template <bool kSum, bool kStream>
 void walk(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t index, Sum& sum) {
     const auto& [x, y, z] = nest.axes;
     Sum local = sum; // in registers
+    const bool together = z.source == nest.run;
     for (int64_t i = 0; i < x.count; ++i) {
         for (int64_t k = 0; k < y.count; ++k) {
             const uint8_t* s = source + i * x.source + k * y.source;
             uint8_t* t = target + i * x.target + k * y.target;
             uint64_t word = index + static_cast<uint64_t>(i * x.words + k * y.words);
             for (int64_t n = 0; n < z.count; ++n) {
-                copy_run<kSum, kStream>(s, t, nest.run, word, local);
+                copy_run<kSum, kStream>(s, t, nest.run, together && n * nest.run >= kUnforeseenBytes ? 0 : nest.next, word, local);
                 s += z.source;
                 t += z.target;
                 word += static_cast<uint64_t>(z.words);

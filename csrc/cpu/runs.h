@@ -44,16 +44,15 @@ class Sum {
     uint64_t rest_ = 0;
 };
 
-// `index`: of the run's first word in its page. kStream takes whole aligned cache lines.
+// Reads further than this from where a run begins are foreseen by the machine.
+constexpr int64_t kUnforeseenBytes = 2048;
+
+// `index`: of the run's first word in its page. `next`: how far off lies what will be read after the run; its beginning
+// is fetched ahead. kStream takes whole aligned cache lines.
 template <bool kSum, bool kStream>
-inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, uint64_t index, Sum& sum) {
-    if constexpr (!kSum && !kStream) {
-        std::memcpy(target, source, static_cast<size_t>(bytes));
-        return;
-    }
+inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, int64_t next, uint64_t index, Sum& sum) {
     Words keys = Sum::keys(index);
-    int64_t at = 0;
-    for (; at + kVectorBytes <= bytes; at += kVectorBytes) {
+    const auto copy_vector = [&](int64_t at) {
         const Words x = Word::load(source + at);
         if constexpr (kSum) {
             sum.add(x, keys);
@@ -64,7 +63,15 @@ inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, uint
         } else {
             Word::store(target + at, x);
         }
+    };
+    const int64_t end = bytes / kVectorBytes * kVectorBytes;
+    const int64_t first = next == 0 ? 0 : end < kUnforeseenBytes ? end : kUnforeseenBytes;
+    int64_t at = 0;
+    for (; at < first; at += kVectorBytes) {
+        __builtin_prefetch(source + at + next);
+        copy_vector(at);
     }
+    for (; at < end; at += kVectorBytes) copy_vector(at);
     if (at == bytes) return;
     std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
     if constexpr (kSum) sum.add_rest(source + at, bytes - at, index + static_cast<uint64_t>(at / 8));

@@ -10,7 +10,7 @@ namespace lmkv::cpu::LMKV_ISA {
 
 // Rows as they lie at one side.
 inline Nest rows_nest(int64_t tokens, int64_t source_step, int64_t target_step, int64_t words, int64_t row_bytes) {
-    return {{{tokens, source_step, target_step, words}}, 1, row_bytes};
+    return {{{tokens, source_step, target_step, words}}, 1, row_bytes, 0};
 }
 
 // One head and part of a unit. `index` is the page word of its first token, where a side is pages.
@@ -20,6 +20,7 @@ struct Strip {
     Area target;
     int64_t tokens;
     uint64_t index;
+    int64_t next; // how far off at the source the next strip lies
     bool streams;
 };
 
@@ -35,6 +36,7 @@ inline uint8_t* rows_of_source(const Strip& s, int64_t n, int64_t tokens, uint8_
     if (!sums && step == row) return a.row(0);
     Nest nest = rows_nest(tokens, step, row, s.c.page.words, row);
     simplify(nest, sums);
+    nest.next = s.next;
     copy_nest(nest, a.row(0), buffer, s.index + static_cast<uint64_t>(n * s.c.page.words), sums, false, sum);
     return buffer;
 }

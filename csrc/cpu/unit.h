@@ -28,7 +28,8 @@ Nest nest_of(const Convert& c, int part, int parts, int64_t tokens) {
                {1, 0, 0, 0},
                {tokens, from.n1 * width, to.n1 * width, p.words}},
               3,
-              c.dims[part] * width};
+              c.dims[part] * width,
+              0};
     if (parts == 2) {
         nest.axes[1] = {2, (c.source[1].offset - from.offset) * width, (c.target[1].offset - to.offset) * width,
                         int64_t{p.page_tokens} * p.words};
@@ -40,8 +41,8 @@ Nest nest_of(const Convert& c, int part, int parts, int64_t tokens) {
 } // namespace
 
 void convert_unit(const Convert& c, const ConvertData& d, int64_t unit, bool stream, uint8_t* scratch) {
-    const Segment& s = d.segments[unit / d.layers];
-    const int64_t layer = unit % d.layers;
+    const Segment& s = d.segments[unit % d.segment_count];
+    const int64_t layer = unit / d.segment_count;
     const bool sums = c.sum_side != SumSide::kNone, at_source = c.sum_side == SumSide::kSource;
     const int64_t from_width = width_of(c.source_type), to_width = width_of(c.target_type);
     const int parts_a_nest = one_nest(c) ? 2 : 1;
@@ -56,6 +57,7 @@ void convert_unit(const Convert& c, const ConvertData& d, int64_t unit, bool str
                  to, s.target_token, c.dims[part], to_width},
                 s.tokens,
                 row_word(c.page, head, layer, part, at_source ? s.source_token : s.target_token),
+                from.head * from_width,
                 stream};
     };
     for (int part = 0; part < c.parts; part += parts_a_nest) {
