@@ -1,4 +1,5 @@
-// The CPU's convert. Work comes in units, a segment in a layer each, so that one long segment still keeps all cores busy.
+// The CPU's convert. Work comes in units, a segment in a layer each, so that one long segment still keeps all cores
+// busy.
 //
 // The kernels (unit.h and what it includes) are compiled once for each level of instruction set in isa_*.cpp; one
 // library is fast on every machine.

@@ -74,7 +74,8 @@ void walk(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t ind
             uint8_t* t = target + i * x.target + k * y.target;
             uint64_t word = index + static_cast<uint64_t>(i * x.words + k * y.words);
             for (int64_t n = 0; n < z.count; ++n) {
-                copy_run<kSum, kStream>(s, t, nest.run, together && n * nest.run >= kUnforeseenBytes ? 0 : nest.next, word, local);
+                copy_run<kSum, kStream>(s, t, nest.run, together && n * nest.run >= kUnforeseenBytes ? 0 : nest.next,
+                                        word, local);
                 s += z.source;
                 t += z.target;
                 word += static_cast<uint64_t>(z.words);

@@ -39,17 +39,16 @@ inline bool is_zip(const Area& a) {
 }
 
 template <Way kWay>
-void move_columns(const Area& a, uint8_t* rows, int64_t tokens) {
-    const int64_t unit = unit_dims(a.map), unit_bytes = unit * a.width;
+void move_columns(const Area& a, uint8_t* rows, int64_t tokens, bool streams) {
+    const int64_t unit = unit_dims(a.map), unit_bytes = unit * a.width, row = a.row_bytes();
     const int64_t tile = int64_t{1} << (a.map.tn == 0 ? 62 : a.map.tn);
-    const int64_t dims = a.dims / unit, step = a.map.d1 * a.width;
     for (int64_t n = 0; n < tokens;) {
         const int64_t left = tile - ((a.token + n) & (tile - 1));
         const int64_t here = left < tokens - n ? left : tokens - n;
-        uint8_t* row = rows + n * a.row_bytes();
-        if (unit_bytes == 4) transpose<uint32_t, kWay>(a.row(n), step, row, a.row_bytes(), dims, here);
-        if (unit_bytes == 2) transpose<uint16_t, kWay>(a.row(n), step, row, a.row_bytes(), dims, here);
-        if (unit_bytes == 1) transpose<uint8_t, kWay>(a.row(n), step, row, a.row_bytes(), dims, here);
+        const Matrix m{a.row(n), a.map.d1 * a.width, rows + n * row, row, a.dims / unit, here};
+        if (unit_bytes == 4) transpose<uint32_t, kWay>(m, streams);
+        if (unit_bytes == 2) transpose<uint16_t, kWay>(m, streams);
+        if (unit_bytes == 1) transpose<uint8_t, kWay>(m, streams);
         n += here;
     }
 }
@@ -68,32 +67,32 @@ void move_elements(const Area& a, uint8_t* rows, int64_t tokens) {
 }
 
 template <Way kWay>
-void move_zipped(const Area& a, uint8_t* rows, int64_t tokens) {
-    const int64_t dims = int64_t{1} << a.map.td, step = a.map.d1 * a.width;
-    int64_t n = a.token % 2;
-    if (n == 1) move_elements<kWay>(a, rows, 1);
-    for (; n + 2 <= tokens; n += 2) {
-        uint8_t* even = rows + n * a.row_bytes();
-        for (int64_t d = 0; d < a.dims; d += dims) {
-            zip<kWay>(a.row(n) + d / dims * step, even + d * a.width, even + a.row_bytes() + d * a.width, dims);
+void move_zipped(const Area& a, uint8_t* rows, int64_t tokens, bool streams) {
+    const int64_t dims = int64_t{1} << a.map.td, row = a.row_bytes();
+    const int64_t first = a.token % 2; // half a pair, and half of one may be left at the end
+    const int64_t pairs = (tokens - first) / 2, end = first + 2 * pairs;
+    if (first == 1) move_elements<kWay>(a, rows, 1);
+    if (end < tokens) move_elements<kWay>(a.from(end), rows + end * row, 1);
+    for (int64_t d = 0; d < a.dims; d += dims) {
+        uint8_t* in_area = a.row(first) + d / dims * a.map.d1 * a.width;
+        uint8_t* in_rows = rows + first * row + d * a.width;
+        const bool whole_lines = (reinterpret_cast<uintptr_t>(in_area) | static_cast<uintptr_t>(4 * dims)) % 64 == 0;
+        if (kWay == Way::kToArea && streams && whole_lines) {
+            zip_pairs<kWay, true>(in_area, in_rows, row, pairs, dims);
+        } else {
+            zip_pairs<kWay, false>(in_area, in_rows, row, pairs, dims);
         }
     }
-    if (n < tokens) move_elements<kWay>(a.from(n), rows + n * a.row_bytes(), 1);
 }
 
-// `rows` follow each other without gaps.
+// `rows` follow each other without gaps. The area is not rows itself. `streams`: an area that is written is not read
+// soon.
 template <Way kWay>
-void move(const Area& a, uint8_t* rows, int64_t tokens) {
-    if (is_rows(a.map)) {
-        for (int64_t n = 0; n < tokens; ++n) {
-            uint8_t* row = rows + n * a.row_bytes();
-            std::memcpy(kWay == Way::kToRows ? row : a.row(n), kWay == Way::kToRows ? a.row(n) : row,
-                        static_cast<size_t>(a.row_bytes()));
-        }
-    } else if (is_columns(a)) {
-        move_columns<kWay>(a, rows, tokens);
+void move(const Area& a, uint8_t* rows, int64_t tokens, bool streams) {
+    if (is_columns(a)) {
+        move_columns<kWay>(a, rows, tokens, streams);
     } else if (is_zip(a)) {
-        move_zipped<kWay>(a, rows, tokens);
+        move_zipped<kWay>(a, rows, tokens, streams);
     } else {
         move_elements<kWay>(a, rows, tokens);
     }

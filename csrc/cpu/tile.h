@@ -28,7 +28,7 @@ struct Strip {
 inline uint8_t* rows_of_source(const Strip& s, int64_t n, int64_t tokens, uint8_t* buffer, Sum& sum) {
     const Area a = s.source.from(n);
     if (!is_rows(a.map)) {
-        move<Way::kToRows>(a, buffer, tokens);
+        move<Way::kToRows>(a, buffer, tokens, false);
         return buffer;
     }
     const bool sums = s.c.sum_side == SumSide::kSource;
@@ -43,7 +43,7 @@ inline uint8_t* rows_of_source(const Strip& s, int64_t n, int64_t tokens, uint8_
 
 inline void rows_to_target(const Strip& s, int64_t n, int64_t tokens, uint8_t* rows, Sum& sum) {
     const Area a = s.target.from(n);
-    if (!is_rows(a.map)) return move<Way::kToArea>(a, rows, tokens);
+    if (!is_rows(a.map)) return move<Way::kToArea>(a, rows, tokens, s.streams);
     const bool sums = s.c.sum_side == SumSide::kTarget;
     Nest nest = rows_nest(tokens, a.row_bytes(), a.map.n1 * a.width, s.c.page.words, a.row_bytes());
     simplify(nest, sums);

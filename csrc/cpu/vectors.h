@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "isa.h"
 #include "lmkv/checksum.h"
@@ -32,6 +33,16 @@ inline void stream(void* p, Words v) {
     _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
 #else
     Word::store(p, v);
+#endif
+}
+
+// The same of 16 bytes: neighbours that fill the line soon after each other leave as one.
+template <class V>
+inline void stream_short(void* p, V v) {
+#if defined(__SSE2__)
+    _mm_stream_si128(static_cast<__m128i*>(p), reinterpret_cast<__m128i>(v));
+#else
+    std::memcpy(p, &v, sizeof v);
 #endif
 }
 

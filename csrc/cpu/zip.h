@@ -7,18 +7,32 @@ namespace lmkv::cpu::LMKV_ISA {
 
 using Halves = Short<uint16_t>;
 
-// Tokens n and n + 1, `dims` elements each (a multiple of 8), side by side in the area.
-template <Way kWay>
-inline void zip(uint8_t* area, uint8_t* even, uint8_t* odd, int64_t dims) {
-    for (int64_t d = 0; d < dims; d += 8) {
-        if constexpr (kWay == Way::kToArea) {
-            const auto a = Halves::load(even + 2 * d), b = Halves::load(odd + 2 * d);
-            Halves::store(area + 4 * d, low(a, b));
-            Halves::store(area + 4 * d + 16, high(a, b));
+// 8 elements of two tokens, side by side in the area.
+template <Way kWay, bool kStream>
+inline void zip(uint8_t* area, uint8_t* even, uint8_t* odd) {
+    if constexpr (kWay == Way::kToRows) {
+        const auto a = Halves::load(area), b = Halves::load(area + 16);
+        Halves::store(even, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
+        Halves::store(odd, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+    } else {
+        const auto a = Halves::load(even), b = Halves::load(odd);
+        if constexpr (kStream) {
+            stream_short(area, low(a, b));
+            stream_short(area + 16, high(a, b));
         } else {
-            const auto a = Halves::load(area + 4 * d), b = Halves::load(area + 4 * d + 16);
-            Halves::store(even + 2 * d, __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14));
-            Halves::store(odd + 2 * d, __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15));
+            Halves::store(area, low(a, b));
+            Halves::store(area + 16, high(a, b));
+        }
+    }
+}
+
+// `pairs` of tokens one after the other in the area, `dims` (a multiple of 8) elements of each; rows are `row_step`
+// bytes apart.
+template <Way kWay, bool kStream>
+void zip_pairs(uint8_t* area, uint8_t* rows, int64_t row_step, int64_t pairs, int64_t dims) {
+    for (int64_t p = 0; p < pairs; ++p, area += 4 * dims, rows += 2 * row_step) {
+        for (int64_t d = 0; d < dims; d += 8) {
+            zip<kWay, kStream>(area + 4 * d, rows + 2 * d, rows + row_step + 2 * d);
         }
     }
 }
