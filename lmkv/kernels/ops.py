@@ -104,9 +104,7 @@ def _fields(g: Geometry) -> list[int]:
     return [field for part in layout.part_maps(g) for field in part.fields()]
 
 
-def _widest(
-    source: Geometry, target: Geometry, segments: Segments
-) -> tuple[tuple[int, ...], list[int], list[int]]:
+def _widest(source: Geometry, target: Geometry, segments: Segments) -> tuple[tuple[int, ...], list[int], list[int]]:
     """Parts and maps for a plain copy, in as few and long runs as possible.
 
     K and V side by side on both sides are one part. Whole blocks of one interior and size are so too, whatever that
