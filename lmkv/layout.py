@@ -116,7 +116,7 @@ def vllm_cache(
     for axis in reversed(order):
         strides[axis] = stride
         stride *= sizes[axis]
-    if interior != "plain" and strides["H"] != block_tokens * sum(parts):
+    if interior != "plain" and strides["N"] != sum(parts):
         raise LayoutError(f"interior {interior!r} needs the tokens of a head side by side; order {order} has not")
     found = Geometry(
         layers,
@@ -221,7 +221,7 @@ class PartMap:
         """Broadcasts."""
         low_n, low_d = (1 << self.tn) - 1, (1 << self.td) - 1
         token = self.n1 * (n >> self.tn) + self.n0 * (n & low_n)
-        return (
+        return np.asarray(
             self.offset
             + self.block * block
             + self.head * head
@@ -272,7 +272,7 @@ def segments(
     for side, g, ids, first in (("source", source, ids_s, source_first), ("target", target, ids_t, target_first)):
         if lo < first or hi > first + len(ids) * g.block_tokens:
             raise LayoutError(
-                f"tokens [{lo}, {hi}) are not in the {side}'s {len(ids)} blocks of {g.block_tokens} from token {first} on"
+                f"tokens [{lo}, {hi}) are not in the {side}'s {len(ids)} blocks of {g.block_tokens} tokens from {first}"
             )
     if lo >= hi:
         return np.empty((0, 5), dtype=np.int32)
@@ -308,8 +308,8 @@ def window(source: Geometry, target: Geometry) -> Window:
     layers = min(source.first_layer + source.layers, target.first_layer + target.layers) - layer
     if heads < 1 or layers < 1:
         raise LayoutError(
-            f"no heads and layers in common: source has heads from {source.first_head} ({source.heads}) and layers from "
-            f"{source.first_layer} ({source.layers}), target {target.first_head} ({target.heads}) and "
+            f"no heads and layers in common: source has heads from {source.first_head} ({source.heads}) and layers "
+            f"from {source.first_layer} ({source.layers}), target {target.first_head} ({target.heads}) and "
             f"{target.first_layer} ({target.layers})"
         )
     return Window(

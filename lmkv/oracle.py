@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,7 @@ def element_bytes(place: Place, layer: int, part: int, head: int, blocks: Array,
     """(len(tokens), D): the byte offset of every number of one layer, part and head at (blocks[i], tokens[i])."""
     g = place.geometry
     dims = np.arange(g.parts[part], dtype=np.int64)
-    elements = part_maps(g)[part].element(blocks[:, None], np.int64(head), tokens[:, None], dims[None, :])
+    elements = part_maps(g)[part].element(blocks[:, None], np.full((1, 1), head), tokens[:, None], dims[None, :])
     return np.asarray(place.layers[layer] + elements * g.width)
 
 
@@ -105,23 +104,30 @@ def cast(raw: Bytes, source: str, target: str) -> Bytes:
 
 
 def to_float(raw: Bytes, dtype: str) -> NDArray[np.float32]:
+    """Exact; NaNs keep their bits. (What numpy makes of them depends on the processor.)"""
     raw = np.ascontiguousarray(raw)
     if dtype == "bfloat16":
         bits = raw.view("<u2")[..., 0].astype(np.uint32) << 16
         return bits.view(np.float32)
-    kinds: dict[str, Any] = {"float16": "<f2", "float32": "<f4"}
-    return raw.view(kinds[dtype])[..., 0].astype(np.float32)
+    if dtype == "float32":
+        return np.asarray(raw.view("<f4")[..., 0])
+    half = raw.view("<u2")[..., 0].astype(np.uint32)
+    nan = (half & 0x8000) << 16 | 0x7F800000 | (half & 0x3FF) << 13
+    values = raw.view("<f2")[..., 0]
+    return np.where(np.isnan(values), nan, values.astype(np.float32).view(np.uint32)).view(np.float32)
 
 
 def from_float(value: NDArray[np.float32], dtype: str) -> Bytes:
+    """Rounded to nearest even; NaNs become quiet where they lose bits, and keep sign and upper bits."""
+    bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32)
     if dtype == "bfloat16":
-        bits = np.ascontiguousarray(value, dtype=np.float32).view(np.uint32)
-        rounded = ((bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-        quiet = ((bits >> 16) | 0x40).astype(np.uint16)
-        out = np.where(np.isnan(value), quiet, rounded).astype("<u2")
+        rounded = (bits.astype(np.uint64) + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        out = np.where(np.isnan(value), bits >> 16 | 0x40, rounded).astype("<u2")
     elif dtype == "float16":
+        nan = (bits >> 16 & 0x8000) | 0x7E00 | (bits >> 13 & 0x3FF)
         with np.errstate(over="ignore"):
-            out = value.astype("<f2")
+            rounded = value.astype("<f2").view("<u2")
+        out = np.where(np.isnan(value), nan, rounded).astype("<u2")
     else:
-        out = value.astype("<f4")
+        out = bits.astype("<u4")
     return out[..., None].view(np.uint8)

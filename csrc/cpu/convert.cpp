@@ -1,127 +1,57 @@
 #include "convert.h"
 
-#include <cstring>
+#include <memory>
+#include <new>
+
+#include "isa.h"
 
 namespace lmkv::cpu {
 namespace {
 
-// One part of one segment, layer and head.
-struct Piece {
-    const uint8_t* source; // of token 0 and dimension 0 of the area
-    uint8_t* target;
-    const PartMap& from;
-    const PartMap& to;
-    int64_t source_token;
-    int64_t target_token;
-    int64_t tokens;
-    int64_t dims;
-};
+constexpr int64_t kGrainBytes = 256 << 10;
+// What is larger than this would only push out of the caches what others have there.
+constexpr int64_t kStreamBytes = 4 << 20;
+constexpr std::align_val_t kLine{64};
 
-bool rows_contiguous(const PartMap& m) { return m.td == 0 && m.d1 == 1; }
-
-template <class From, class To>
-To cast(From x) {
-    return from_float<To>(to_float(x));
+UnitFn* best_unit() {
+#if LMKV_MULTIVERSION
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
+        return v4::convert_unit;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))
+        return v3::convert_unit;
+#endif
+    return baseline::convert_unit;
 }
 
-template <class From, class To, bool kSame>
-void copy_elements(const Piece& p) {
-    const auto* source = reinterpret_cast<const From*>(p.source);
-    auto* target = reinterpret_cast<To*>(p.target);
-    for (int64_t n = 0; n < p.tokens; ++n) {
-        const From* s = source + token_offset(p.from, p.source_token + n);
-        To* t = target + token_offset(p.to, p.target_token + n);
-        for (int64_t d = 0; d < p.dims; ++d) {
-            if constexpr (kSame) {
-                t[dim_offset(p.to, d)] = s[dim_offset(p.from, d)];
-            } else {
-                t[dim_offset(p.to, d)] = cast<From, To>(s[dim_offset(p.from, d)]);
-            }
-        }
-    }
-}
-
-template <class From>
-void cast_elements(const Piece& p, Type to) {
-    if (to == Type::kBfloat16) return copy_elements<From, Bf16, false>(p);
-    if (to == Type::kFloat16) return copy_elements<From, Fp16, false>(p);
-    copy_elements<From, float, false>(p);
-}
-
-void copy_rows(const Piece& p, int width) {
-    const int64_t row = p.dims * width;
-    for (int64_t n = 0; n < p.tokens; ++n) {
-        std::memcpy(p.target + token_offset(p.to, p.target_token + n) * width,
-                    p.source + token_offset(p.from, p.source_token + n) * width, row);
-    }
-}
-
-void copy(const Piece& p, Type from, Type to) {
-    const int width = width_of(from);
-    if (from != to) {
-        if (from == Type::kBfloat16) return cast_elements<Bf16>(p, to);
-        if (from == Type::kFloat16) return cast_elements<Fp16>(p, to);
-        return cast_elements<float>(p, to);
-    }
-    if (rows_contiguous(p.from) && rows_contiguous(p.to)) return copy_rows(p, width);
-    if (width == 4) return copy_elements<uint32_t, uint32_t, true>(p);
-    if (width == 2) return copy_elements<uint16_t, uint16_t, true>(p);
-    copy_elements<uint8_t, uint8_t, true>(p);
-}
-
-// The sum over the rows of a piece on its page side. Rows of pages are contiguous.
-uint64_t row_sums(const Convert& c, const Piece& p, int64_t head, int64_t layer, int64_t part) {
-    const bool at_source = c.sum_side == SumSide::kSource;
-    const int width = width_of(at_source ? c.source_type : c.target_type);
-    const int64_t bytes = p.dims * width;
-    uint64_t sum = 0;
-    for (int64_t n = 0; n < p.tokens; ++n) {
-        const int64_t token = (at_source ? p.source_token : p.target_token) + n;
-        const uint8_t* row =
-            at_source ? p.source + token_offset(p.from, token) * width : p.target + token_offset(p.to, token) * width;
-        uint64_t index = row_word(c.page, head, layer, part, token);
-        for (int64_t at = 0; at < bytes; at += 8, ++index) {
-            uint64_t word = 0;
-            std::memcpy(&word, row + at, static_cast<size_t>(bytes - at < 8 ? bytes - at : 8));
-            sum += mix(word, index);
-        }
-    }
-    return sum;
+int64_t widest_row_bytes(const Convert& c) {
+    const int64_t dims = c.parts == 2 && c.dims[1] > c.dims[0] ? c.dims[1] : c.dims[0];
+    const int from = width_of(c.source_type), to = width_of(c.target_type);
+    return dims * (from > to ? from : to);
 }
 
 } // namespace
 
-void convert(const Convert& c, const ConvertData& d, int64_t lo, int64_t hi) {
-    const int from_width = width_of(c.source_type);
-    const int to_width = width_of(c.target_type);
-    for (int64_t i = lo; i < hi; ++i) {
-        const Segment& s = d.segments[i];
-        uint64_t sum = 0;
-        for (int64_t h = 0; h < c.heads; ++h) {
-            for (int64_t l = 0; l < d.layers; ++l) {
-                for (int part = 0; part < c.parts; ++part) {
-                    const PartMap& from = c.source[part];
-                    const PartMap& to = c.target[part];
-                    const Piece piece{
-                        d.source + d.source_layers[l] +
-                            area_offset(from, s.source_block, c.source_head + h) * from_width,
-                        d.target + d.target_layers[l] + area_offset(to, s.target_block, c.target_head + h) * to_width,
-                        from,
-                        to,
-                        s.source_token,
-                        s.target_token,
-                        s.tokens,
-                        c.dims[part]};
-                    copy(piece, c.source_type, c.target_type);
-                    if (c.sum_side != SumSide::kNone) sum += row_sums(c, piece, h, l, part);
-                }
-            }
-        }
-        if (c.sum_side != SumSide::kNone) {
-            const int32_t page = c.sum_side == SumSide::kSource ? s.source_block : s.target_block;
-            __atomic_fetch_add(&d.sums[page], sum, __ATOMIC_RELAXED);
-        }
-    }
+Work plan(const Convert& c, const ConvertData& d) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < d.segment_count; ++i) tokens += d.segments[i].tokens;
+    const int64_t token_bytes = (c.dims[0] + int64_t{c.dims[1]}) * c.heads * width_of(c.target_type);
+    const int64_t bytes = tokens * token_bytes * d.layers;
+    const int64_t units = d.segment_count * d.layers;
+    const int64_t unit_bytes = units > 0 ? bytes / units : 0;
+    return {units, unit_bytes > 0 ? (kGrainBytes + unit_bytes - 1) / unit_bytes : 1, bytes >= kStreamBytes};
+}
+
+void convert(const Convert& c, const ConvertData& d, const Work& work, int64_t lo, int64_t hi) {
+    static UnitFn* const unit = best_unit();
+    const auto free = [](uint8_t* p) { ::operator delete[](p, kLine); };
+    const int64_t buffer_bytes = tile_tokens(widest_row_bytes(c)) * widest_row_bytes(c);
+    const std::unique_ptr<uint8_t[], decltype(free)> scratch(
+        static_cast<uint8_t*>(::operator new[](static_cast<size_t>(2 * buffer_bytes), kLine)), free);
+    for (int64_t i = lo; i < hi; ++i) unit(c, d, i, work.stream, scratch.get());
+#if defined(__x86_64__)
+    _mm_sfence(); // streamed stores are visible to whom the caller tells next
+#endif
 }
 
 } // namespace lmkv::cpu

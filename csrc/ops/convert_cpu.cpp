@@ -9,8 +9,9 @@ namespace lmkv {
 namespace {
 
 void run(const Request& r) {
-    torch::stable::parallel_for(0, r.data.segment_count, 1,
-                                [&](int64_t lo, int64_t hi) { cpu::convert(r.convert, r.data, lo, hi); });
+    const cpu::Work work = cpu::plan(r.convert, r.data);
+    torch::stable::parallel_for(0, work.units, work.grain,
+                                [&](int64_t lo, int64_t hi) { cpu::convert(r.convert, r.data, work, lo, hi); });
 }
 
 void convert_blocks(const Tensor& source, const Tensor& source_layers, const Ints& source_map, Tensor target,

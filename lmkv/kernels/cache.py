@@ -14,8 +14,8 @@ from lmkv.layout import Array, Geometry
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cache:
-    """`data` is a contiguous uint8 tensor of one dimension on any device; it shares the memory it describes and keeps it
-    alive. `layers` are byte offsets into it, an int64 CPU tensor with an entry for each layer of `geometry`."""
+    """`data` is a contiguous uint8 tensor of one dimension on any device; it shares the memory it describes and keeps
+    it alive. `layers` are byte offsets into it, an int64 CPU tensor with an entry for each layer of `geometry`."""
 
     data: torch.Tensor
     layers: torch.Tensor

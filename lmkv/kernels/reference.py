@@ -47,7 +47,30 @@ def convert_blocks(
         at_t = _elements(_map(target_map, part), block_t, heads + shape[5], token_t, d)
         for layer_s, layer_t in zip(source_layers.tolist(), target_layers.tolist(), strict=True):
             values = _elements_of(source, layer_s, from_type)[at_s]
-            _elements_of(target, layer_t, to_type)[at_t] = values.to(to_type)
+            _elements_of(target, layer_t, to_type)[at_t] = _cast(values, to_type)
+
+
+def _cast(values: torch.Tensor, to: torch.dtype) -> torch.Tensor:
+    """Torch makes one NaN of all; here they keep their sign and the upper bits of their payload."""
+    if values.dtype == to:
+        return values
+    out = values.to(to)
+    raw = values[values.isnan()]
+    if raw.numel() == 0:
+        return out
+    wide = raw.view(torch.int32 if raw.dtype.itemsize == 4 else torch.int16).to(torch.int64)
+    if raw.dtype == torch.bfloat16:
+        wide <<= 16
+    elif raw.dtype == torch.float16:
+        wide = (wide & 0x8000) << 16 | 0x7F800000 | (wide & 0x3FF) << 13
+    if to == torch.bfloat16:
+        bits = (wide >> 16 | 0x40).to(torch.int16)
+    elif to == torch.float16:
+        bits = (wide >> 16 & 0x8000 | 0x7E00 | wide >> 13 & 0x3FF).to(torch.int16)
+    else:
+        bits = wide.to(torch.int32)
+    out.view(bits.dtype)[values.isnan()] = bits  # as integers: torch may go through a number and lose the payload
+    return out
 
 
 def pack_pages(
