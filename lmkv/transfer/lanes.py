@@ -90,6 +90,15 @@ class Lanes:
         while transfer.waiting and transfer.slots:
             lane.queue.append(Queued(transfer.transfer_id, transfer.waiting.popleft(), 0, transfer.slots.popleft()))
 
+    def purge(self, transfer: Outgoing) -> list[Queued]:
+        """Take out what of this transfer has not been posted."""
+        if not transfer.queued or transfer.grant is None:
+            return []
+        transfer.queued = 0
+        waiting = [Queued(transfer.transfer_id, rect, 0) for rect in transfer.waiting]
+        transfer.waiting.clear()
+        return self.of(transfer.grant.peer).purge(transfer.transfer_id) + waiting
+
     def renew(self, peer: Peer, now_s: float) -> Lane:
         """The peer was heard; a dead one stays dead."""
         lane = self.of(peer)

@@ -10,7 +10,7 @@ from math import inf
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, RequestId, TransferId
 
-from .events import Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
+from .events import Credited, Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
 from .rects import Coverage, cells_of, split_rect
 
 
@@ -140,6 +140,25 @@ class Outgoing:
         self.slots.clear()
         self.queued = self.writes = self.bytes = self.landed_bytes = 0
         self.sealed = False
+
+    def begin_life(self) -> None:
+        """Preempted: nothing is computed any more. What has been posted has been; see `give_back` for the rest."""
+        self.life += 1
+        self.computed = Coverage()
+        self.prompt_done_s = None
+
+    def give_back(self, rect: Rect, slot: int) -> None:
+        """A rectangle that was taken and not posted may be taken again, and its slot be used for another."""
+        self.taken.remove(rect)
+        if slot >= 0:
+            self.slots.append(slot)
+
+    def takes(self, event: Credited) -> bool:
+        """The slots are for the grant that is being served."""
+        grant = self.grant
+        return (
+            grant is not None and self.phase < Phase.ENDING and (grant.peer, grant.epoch) == (event.peer, event.epoch)
+        )
 
     def post(self, rect: Rect, size: int, attempt: int, slot: int) -> PostWrite:
         """The next write. A retry is the same rectangle under a new seq, so that the seal stays right."""

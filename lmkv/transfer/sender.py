@@ -38,7 +38,7 @@ from .events import (
 )
 from .lanes import Lane, Lanes, Queued
 from .outgoing import Debt, Flight, Outgoing, Phase, SenderCounters, SenderLimits
-from .rects import Coverage, is_proper
+from .rects import is_proper
 from .timers import Timers
 
 __all__ = ["Sender", "SenderCounters", "SenderLimits"]
@@ -141,8 +141,7 @@ class Sender:
                 self._settle(transfer, now_s)
 
     def _computed(self, event: Computed, now_s: float) -> None:
-        transfer = self._live(event.transfer_id)
-        if transfer is None:
+        if (transfer := self._live(event.transfer_id)) is None:
             return
         rect = event.rect
         if not 0 <= rect.group < len(self.limits.layers) or not is_proper(rect, self.limits.layers[rect.group]):
@@ -153,24 +152,18 @@ class Sender:
             self._pump(self._lanes.enqueue(transfer, transfer.grant, [rect]), now_s)
 
     def _prompt_done(self, transfer_id: TransferId, now_s: float) -> None:
-        transfer = self._live(transfer_id)
-        if transfer is not None:
+        if transfer := self._live(transfer_id):
             transfer.prompt_done_s = now_s
             self._settle(transfer, now_s)
 
     def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
         """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""
-        transfer = self._live(transfer_id)
-        if transfer is None:
+        if (transfer := self._live(transfer_id)) is None:
             return
-        transfer.life += 1
-        dropped = self._purge(transfer)
-        transfer.computed = Coverage()
-        transfer.prompt_done_s = None
+        dropped = self._lanes.purge(transfer)
+        transfer.begin_life()
         for item in dropped:
-            transfer.taken.remove(item.rect)
-            if item.slot >= 0:
-                transfer.slots.append(item.slot)
+            transfer.give_back(item.rect, item.slot)
         if any(item.attempt for item in dropped):
             self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
 
@@ -193,7 +186,7 @@ class Sender:
 
     def _serve(self, transfer: Outgoing, grant: Granted, now_s: float) -> None:
         """A first or newer grant: everything computed so far goes to it."""
-        self._purge(transfer)
+        self._lanes.purge(transfer)
         transfer.begin_epoch(grant)
         if len(grant.blocks) != len(self.limits.layers):
             reason = f"the grant names {len(grant.blocks)} groups, this rank has {len(self.limits.layers)}"
@@ -206,15 +199,8 @@ class Sender:
 
     def _credited(self, event: Credited, now_s: float) -> None:
         """Slots of an older epoch, or for a transfer that is ending, are the receiver's again by the end of it."""
-        transfer = self._transfers.get(event.transfer_id)
-        grant = transfer.grant if transfer else None
-        lane = self._lanes.renew(event.peer, now_s)
-        if (
-            transfer is None
-            or grant is None
-            or transfer.phase >= Phase.ENDING
-            or (grant.peer, grant.epoch) != (event.peer, event.epoch)
-        ):
+        lane, transfer = self._lanes.renew(event.peer, now_s), self._transfers.get(event.transfer_id)
+        if transfer is None or not transfer.takes(event):
             self.counters.stray += 1
         else:
             transfer.slots.extend(event.slots)
@@ -229,8 +215,7 @@ class Sender:
         self._settle(transfer, now_s)
 
     def _not_needed(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
-        transfer = self._known(transfer_id, now_s)
-        if transfer is not None and transfer.phase < Phase.ENDING:
+        if (transfer := self._known(transfer_id, now_s)) and transfer.phase < Phase.ENDING:
             self._end(transfer, SendOutcome.NOT_NEEDED, reason, now_s)
 
     def _cancel_came(self, event: CancelCame, now_s: float) -> None:
@@ -310,7 +295,7 @@ class Sender:
     def _end(self, transfer: Outgoing, outcome: SendOutcome, reason: str, now_s: float) -> None:
         """The outcome is known: post nothing more, finish when nothing is in flight."""
         transfer.phase, transfer.outcome, transfer.reason = Phase.ENDING, outcome, reason
-        self._purge(transfer)
+        self._lanes.purge(transfer)
         self._settle(transfer, now_s)
 
     def _settle(self, transfer: Outgoing, now_s: float) -> None:
@@ -385,7 +370,7 @@ class Sender:
             case Phase.LIVE if transfer.grant is None:
                 self._end(transfer, SendOutcome.EXPIRED, "the prompt is computed, but no grant came", now_s)
             case _:
-                self._purge(transfer)
+                self._lanes.purge(transfer)
                 stuck = "cancelled, but its writes do not end" if transfer.stuck_s <= now_s else "the peer is silent"
                 transfer.outcome, transfer.reason = SendOutcome.PEER_LOST, transfer.reason or stuck
                 self._finish(transfer, now_s)
@@ -413,12 +398,3 @@ class Sender:
             self.counters.stray += 1
             return None
         return transfer
-
-    def _purge(self, transfer: Outgoing) -> list[Queued]:
-        """Take this transfer's rectangles out of its peer's queue."""
-        if not transfer.queued or transfer.grant is None:
-            return []
-        transfer.queued = 0
-        waiting = [Queued(transfer.transfer_id, rect, 0) for rect in transfer.waiting]
-        transfer.waiting.clear()
-        return self._lanes.of(transfer.grant.peer).purge(transfer.transfer_id) + waiting
