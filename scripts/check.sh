@@ -38,6 +38,8 @@ no_machine_paths() {
   return 1
 }
 
+cxx_format() { tracked csrc | grep -E '\.(h|cpp|cu)$' | xargs -r -d '\n' clang-format --dry-run --Werror; }
+
 short_files() {
   local found
   found=$(tracked '*.py' '*.sh' | xargs -r -d '\n' wc -l | awk '$2 != "total" && $1 > 400')
@@ -55,6 +57,7 @@ check "import floors" lint-imports
 check "codespell" spelling
 check "shellcheck" shellcheck -x "${shell[@]}"
 ((${#yaml[@]} == 0)) || check "yamllint" yamllint --strict "${yaml[@]}"
+check "clang-format" cxx_format
 check "no machine paths" no_machine_paths
 check "short files" short_files
 if ((${#failed[@]})); then

@@ -63,7 +63,7 @@ inline bool whole_lines(const Nest& nest, const uint8_t* target) {
     return bits % 64 == 0;
 }
 
-template <bool kSum, bool kStream>
+template <bool kSum, Write kWrite>
 void walk(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t index, Sum& sum) {
     const auto& [x, y, z] = nest.axes;
     Sum local = sum; // in registers
@@ -74,8 +74,8 @@ void walk(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t ind
             uint8_t* t = target + i * x.target + k * y.target;
             uint64_t word = index + static_cast<uint64_t>(i * x.words + k * y.words);
             for (int64_t n = 0; n < z.count; ++n) {
-                copy_run<kSum, kStream>(s, t, nest.run, together && n * nest.run >= kUnforeseenBytes ? 0 : nest.next,
-                                        word, local);
+                copy_run<kSum, kWrite>(s, t, nest.run, together && n * nest.run >= kUnforeseenBytes ? 0 : nest.next,
+                                       word, local);
                 s += z.source;
                 t += z.target;
                 word += static_cast<uint64_t>(z.words);
@@ -88,11 +88,11 @@ void walk(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t ind
 inline void copy_nest(const Nest& nest, const uint8_t* source, uint8_t* target, uint64_t index, bool sums, bool streams,
                       Sum& sum) {
     if (streams && whole_lines(nest, target)) {
-        return sums ? walk<true, true>(nest, source, target, index, sum)
-                    : walk<false, true>(nest, source, target, index, sum);
+        return sums ? walk<true, Write::kStream>(nest, source, target, index, sum)
+                    : walk<false, Write::kStream>(nest, source, target, index, sum);
     }
-    return sums ? walk<true, false>(nest, source, target, index, sum)
-                : walk<false, false>(nest, source, target, index, sum);
+    return sums ? walk<true, Write::kStore>(nest, source, target, index, sum)
+                : walk<false, Write::kStore>(nest, source, target, index, sum);
 }
 
 } // namespace lmkv::cpu::LMKV_ISA

@@ -47,9 +47,12 @@ class Sum {
 // Reads further than this from where a run begins are foreseen by the machine.
 constexpr int64_t kUnforeseenBytes = 2048;
 
+// What becomes of a run: a copy, a copy past the caches (whole aligned cache lines only), or nothing but its sum.
+enum class Write { kStore, kStream, kNothing };
+
 // `index`: of the run's first word in its page. `next`: how far off lies what will be read after the run; its beginning
-// is fetched ahead. kStream takes whole aligned cache lines.
-template <bool kSum, bool kStream>
+// is fetched ahead.
+template <bool kSum, Write kWrite>
 inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, int64_t next, uint64_t index, Sum& sum) {
     Words keys = Sum::keys(index);
     const auto copy_vector = [&](int64_t at) {
@@ -58,9 +61,9 @@ inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, int6
             sum.add(x, keys);
             keys += static_cast<uint64_t>(kVectorWords) * kWordKey;
         }
-        if constexpr (kStream) {
+        if constexpr (kWrite == Write::kStream) {
             stream(target + at, x);
-        } else {
+        } else if constexpr (kWrite == Write::kStore) {
             Word::store(target + at, x);
         }
     };
@@ -73,7 +76,7 @@ inline void copy_run(const uint8_t* source, uint8_t* target, int64_t bytes, int6
     }
     for (; at < end; at += kVectorBytes) copy_vector(at);
     if (at == bytes) return;
-    std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
+    if constexpr (kWrite != Write::kNothing) std::memcpy(target + at, source + at, static_cast<size_t>(bytes - at));
     if constexpr (kSum) sum.add_rest(source + at, bytes - at, index + static_cast<uint64_t>(at / 8));
 }
 

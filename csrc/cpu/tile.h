@@ -33,11 +33,17 @@ inline uint8_t* rows_of_source(const Strip& s, int64_t n, int64_t tokens, uint8_
     }
     const bool sums = s.c.sum_side == SumSide::kSource;
     const int64_t row = a.row_bytes(), step = a.map.n1 * a.width;
-    if (!sums && step == row) return a.row(0);
+    const uint64_t index = s.index + static_cast<uint64_t>(n * s.c.page.words);
+    const bool together = step == row;
+    if (together && !sums) return a.row(0);
     Nest nest = rows_nest(tokens, step, row, s.c.page.words, row);
     simplify(nest, sums);
     nest.next = s.next;
-    copy_nest(nest, a.row(0), buffer, s.index + static_cast<uint64_t>(n * s.c.page.words), sums, false, sum);
+    if (together) {
+        walk<true, Write::kNothing>(nest, a.row(0), buffer, index, sum);
+        return a.row(0);
+    }
+    copy_nest(nest, a.row(0), buffer, index, sums, false, sum);
     return buffer;
 }
 

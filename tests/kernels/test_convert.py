@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,15 @@ thorough = settings(max_examples=300, deadline=None, suppress_health_check=[Heal
 brief = settings(thorough, max_examples=40)
 
 Op = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Many small calls: where others use the cores too, waiting for threads would take most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def model(order: str = "LBHNC", n: int = 16, *, interior: str = "plain", **sizes: Any) -> Geometry:
