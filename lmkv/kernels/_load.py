@@ -16,6 +16,9 @@ SCHEMAS = {
     "convert_blocks": f"({_MAPS}, Tensor segments, int[] shape, int source_type, int target_type) -> ()",
     "pack_pages": f"({_MAPS}, {_SUMS}) -> ()",
     "unpack_pages": f"({_MAPS}, {_SUMS}) -> ()",
+    "rotate_keys": (
+        "(Tensor(a!) keys, Tensor layers, int[] map, Tensor runs, Tensor turns, int[] shape, int dtype) -> ()"
+    ),
 }
 """By op. docs: csrc/ops/arguments.h says what the lists of numbers are."""
 
