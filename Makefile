@@ -23,8 +23,8 @@ demo: ## two engines and the router answer one prompt; the ledger tells how
 test: models ucx ## all tests; those marked e2e start engines
 	$(BIN)/python -m pytest $(ARGS)
 
-test-fast: setup ## the tests that start no engine
-	$(BIN)/python -m pytest -m "not e2e" $(ARGS)
+test-fast: setup ## the tests that start no engine and compile no CUDA
+	$(BIN)/python -m pytest -m "not e2e and not nvcc" $(ARGS)
 
 check: setup ## linters, types, import floors, spelling
 	@scripts/check.sh

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -18,6 +19,13 @@ HEAD_OUTSIDE = ("LBHNC", "BLHNC")
 GUARD_BYTES = 64
 
 
+class Shift(NamedTuple):
+    """Bytes by which memory misses an alignment of 16: where it begins, and where its layers do in it."""
+
+    base: int = 0
+    layers: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """Two shares of one model, and which tokens go from where to where."""
@@ -25,8 +33,7 @@ class Pair:
     source: Geometry
     target: Geometry
     segments: Segments
-    shifts: tuple[int, int]
-    """Bytes by which either side's memory misses an alignment of 16."""
+    shifts: tuple[Shift, Shift] = (Shift(), Shift())
 
     @property
     def converts(self) -> bool:
@@ -41,14 +48,14 @@ QUIET_BIT = {
 """By type: its bits' type, exponent of infinity, highest bit of the mantissa."""
 
 
-def empty(g: Geometry, shift: int) -> oracle.Place:
-    """Memory of the geometry with guards around, its first byte `shift` bytes past a multiple of 16."""
-    data, first = buffer(g, shift)
+def empty(g: Geometry, shift: Shift) -> oracle.Place:
+    """Memory of the geometry with guards around."""
+    data = _bytes(g.span_bytes() + shift.layers + 2 * GUARD_BYTES, shift.base)
     data[:] = 0xA5
-    return oracle.Place(data, first + g.layer_offsets_bytes(), g)
+    return oracle.Place(data, GUARD_BYTES + shift.layers + g.layer_offsets_bytes(), g)
 
 
-def random(g: Geometry, shift: int, seed: int, *, quiet: bool = False) -> oracle.Place:
+def random(g: Geometry, shift: Shift, seed: int, *, quiet: bool = False) -> oracle.Place:
     """Likewise, of random bytes. `quiet`: without signalling NaNs: what a conversion makes of their bits is up to
     the machine."""
     p = empty(g, shift)
@@ -61,26 +68,21 @@ def random(g: Geometry, shift: int, seed: int, *, quiet: bool = False) -> oracle
     return p
 
 
-def buffer(g: Geometry, shift: int) -> tuple[oracle.Bytes, int]:
-    """Bytes that begin at a multiple of 16 in memory, and the first that the geometry uses."""
-    size = g.span_bytes() + shift + 2 * GUARD_BYTES
-    raw = np.empty(size + 16, dtype=np.uint8)
-    skipped = -raw.ctypes.data % 16
-    return raw[skipped : skipped + size], GUARD_BYTES + shift
-
-
 def cache(p: oracle.Place, device: str = "cpu") -> Cache:
     """On the CPU it shares the place's memory."""
     return Cache.of(torch.from_numpy(p.data).to(device), p.geometry, p.layers)
 
 
 def copy(p: oracle.Place) -> oracle.Place:
-    """Another place with the same bytes, aligned alike."""
-    raw = np.empty(len(p.data) + 16, dtype=np.uint8)
-    skipped = (p.data.ctypes.data - raw.ctypes.data) % 16
-    data = raw[skipped : skipped + len(p.data)]
-    data[:] = p.data
-    return oracle.Place(data, p.layers, p.geometry)
+    """Another place with the same bytes."""
+    return oracle.Place(p.data.copy(), p.layers, p.geometry)
+
+
+def _bytes(size: int, base: int) -> oracle.Bytes:
+    """New memory that begins `base` bytes past a multiple of 16."""
+    raw = np.empty(size + 31, dtype=np.uint8)
+    first = -raw.ctypes.data % 16 + base
+    return raw[first : first + size]
 
 
 def has_rows(g: Geometry) -> bool:
@@ -108,8 +110,9 @@ def caches(draw: st.DrawFn, *, parts: tuple[int, ...], heads: int, layers: int, 
     block_tokens = draw(st.sampled_from((16, 32, 48) if sixteens else (1, 2, 3, 4, 5, 8, 16, 17, 32, 64)))
     first_head, own_heads = draw(shares(heads))
     first_layer, own_layers = draw(shares(layers))
+    order = draw(st.sampled_from(layout.ORDERS if interior == "plain" else HEAD_OUTSIDE))
     g = vllm_cache(
-        draw(st.sampled_from(layout.ORDERS if interior == "plain" else HEAD_OUTSIDE)),
+        order,
         layers=own_layers,
         blocks=-(-tokens // block_tokens) + draw(st.integers(1, 3)),
         heads=own_heads,
@@ -122,8 +125,19 @@ def caches(draw: st.DrawFn, *, parts: tuple[int, ...], heads: int, layers: int, 
         total_heads=heads,
         total_layers=layers,
     )
-    gaps = draw(st.sampled_from((1, 1, 2, 3)))
-    return msgspec.structs.replace(g, strides=tuple(stride * gaps for stride in g.strides))
+    gap = st.one_of(st.just(0), st.integers(0, 8))
+    return padded(g, order, {axis: draw(gap) for axis in "LBHN"} if draw(st.booleans()) else {})
+
+
+def padded(g: Geometry, order: str, gaps: dict[str, int]) -> Geometry:
+    """With so many unused elements behind each layer, block, head and token."""
+    sizes = {"L": g.layers, "B": g.blocks, "H": g.heads, "N": g.block_tokens, "C": g.content}
+    reached, strides = 1, {}
+    for axis in reversed(order):
+        packed = axis == "N" and g.interior != "plain"
+        strides[axis] = reached + (0 if packed or axis == "C" else gaps.get(axis, 0))
+        reached = strides[axis] * sizes[axis]
+    return msgspec.structs.replace(g, strides=tuple(strides[axis] for axis in "LBHN"))
 
 
 @st.composite
@@ -175,11 +189,12 @@ def pairs(draw: st.DrawFn, *, to_page: bool = False) -> Pair:
     return Pair(source, target, table, (draw(shifts(source, target, 0)), draw(shifts(source, target, 1))))
 
 
-def shifts(source: Geometry, target: Geometry, side: int) -> st.SearchStrategy[int]:
+@st.composite
+def shifts(draw: st.DrawFn, source: Geometry, target: Geometry, side: int) -> Shift:
     """Any where rows are copied; multiples of the element elsewhere."""
     rows = source.dtype == target.dtype and has_rows(source) and has_rows(target)
-    step = 1 if rows else (source, target)[side].width
-    return st.one_of(st.just(0), st.just(0), st.sampled_from(range(0, 16, step)))
+    some = st.one_of(st.just(0), st.sampled_from(range(0, 16, 1 if rows else (source, target)[side].width)))
+    return Shift(draw(some), draw(some))
 
 
 def _meeting(first: int, count: int, other_first: int, other_count: int) -> int:

@@ -13,13 +13,14 @@ from lmkv.kernels import convert_blocks, ops, pack_pages, unpack_pages
 from lmkv.layout import Geometry, canonical_pages, segments, vllm_cache
 
 from . import places, shim
-from .places import Pair
+from .places import Pair, Shift
 
 pytestmark = pytest.mark.usefixtures("shim_library")
 
 WIDE = settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 grids = st.sampled_from((1, 2, 5, 64, 1000))
 packets = st.sampled_from(shim.PACKETS)
+ALIGNED = Shift()
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -94,7 +95,7 @@ def cache_of(**changes: object) -> Geometry:
     return vllm_cache(order, **fields)  # type: ignore[arg-type]
 
 
-def whole(source: Geometry, target: Geometry, shift: int = 0) -> Pair:
+def whole(source: Geometry, target: Geometry, shift: Shift = ALIGNED) -> Pair:
     tokens = 131
     table = segments(source, target, np.arange(source.blocks), np.arange(target.blocks), (3, tokens))
     return Pair(source, target, table, (shift, shift))
@@ -135,11 +136,11 @@ def test_every_conversion_of_types(source_type: str, target_type: str) -> None:
 
 def test_segments_of_nothing_write_nothing() -> None:
     source, target = cache_of(), cache_of(order="LBNHC")
-    pair = Pair(source, target, np.empty((0, 5), dtype=np.int32), (0, 0))
+    pair = Pair(source, target, np.empty((0, 5), dtype=np.int32))
     convert_and_compare(pair, 8, warps=2, widest=16)
 
 
-def deal(source: Geometry, target: Geometry, shift: int = 0) -> list[int]:
+def deal(source: Geometry, target: Geometry, shift: Shift = ALIGNED) -> list[int]:
     """What the host decides; see csrc/tests/shim_convert.cpp."""
     pair = whole(source, target, shift)
     here, there = (places.cache(places.empty(g, shift)) for g in (source, target))
@@ -157,22 +158,22 @@ def deal(source: Geometry, target: Geometry, shift: int = 0) -> list[int]:
 @pytest.mark.parametrize(
     ("source", "target", "shift", "packet"),
     [
-        ({}, {"order": "LBNHC"}, 0, 16),
-        ({}, {"order": "LBNHC"}, 8, 8),
-        ({}, {"order": "LBNHC"}, 12, 4),
-        ({}, {"order": "LBNHC"}, 2, 2),
-        ({}, {"order": "LBNHC"}, 1, 1),
-        ({"parts": (20, 20)}, {"parts": (20, 20), "order": "LBNHC"}, 0, 16),
-        ({"parts": (20, 20)}, {"parts": (20, 20), "interior": "split"}, 0, 8),
-        ({"parts": (33, 33)}, {"parts": (33, 33), "interior": "split"}, 0, 2),
-        ({"parts": (33,), "heads": 1}, {"parts": (33,), "heads": 1, "block_tokens": 32}, 0, 2),
-        ({"parts": (576,), "heads": 1}, {"parts": (576,), "heads": 1, "block_tokens": 32}, 0, 16),
-        ({"interior": "amx"}, {}, 0, 0),
-        ({"dtype": "float32"}, {}, 0, 0),
+        ({}, {"order": "LBNHC"}, ALIGNED, 16),
+        ({}, {"order": "LBNHC"}, Shift(base=8), 8),
+        ({}, {"order": "LBNHC"}, Shift(layers=12), 4),
+        ({}, {"order": "LBNHC"}, Shift(base=2), 2),
+        ({}, {"order": "LBNHC"}, Shift(layers=8, base=1), 1),
+        ({"parts": (20, 20)}, {"parts": (20, 20), "order": "LBNHC"}, ALIGNED, 16),
+        ({"parts": (20, 20)}, {"parts": (20, 20), "interior": "split"}, ALIGNED, 8),
+        ({"parts": (33, 33)}, {"parts": (33, 33), "interior": "split"}, ALIGNED, 2),
+        ({"parts": (33,), "heads": 1}, {"parts": (33,), "heads": 1, "block_tokens": 32}, ALIGNED, 2),
+        ({"parts": (576,), "heads": 1}, {"parts": (576,), "heads": 1, "block_tokens": 32}, ALIGNED, 16),
+        ({"interior": "amx"}, {}, ALIGNED, 0),
+        ({"dtype": "float32"}, {}, ALIGNED, 0),
     ],
 )
 def test_packets_are_as_wide_as_the_layout_allows(
-    source: dict[str, object], target: dict[str, object], shift: int, packet: int
+    source: dict[str, object], target: dict[str, object], shift: Shift, packet: int
 ) -> None:
     assert deal(cache_of(**source), cache_of(**target), shift)[0] == packet
 
@@ -196,6 +197,6 @@ def test_lanes_lie_along_what_the_target_has_side_by_side(target: str, tokens_fi
 
 
 def test_elements_across_alignments_are_refused() -> None:
-    pair = whole(cache_of(), cache_of(interior="vec"), 1)
+    pair = whole(cache_of(), cache_of(interior="vec"), Shift(layers=1))
     with pytest.raises(RuntimeError, match=r"layer 0 at byte \d+ is not aligned to its elements of 2 bytes"):
         convert_and_compare(pair, 9, warps=1, widest=16)

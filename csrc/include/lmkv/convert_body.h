@@ -18,8 +18,8 @@ namespace lmkv {
 template <int kPacket, bool kWithSum>
 struct Packets {
     static constexpr bool kSum = kWithSum;
-    static constexpr int kInFlight = 4;
     static constexpr int kChunk = kSum && kPacket < 8 ? 8 : kPacket; // a sum needs whole words
+    static constexpr int kInFlight = kChunk > kPacket ? 2 : 4;       // chunks
 
     LMKV_HD static uint64_t move(const Convert& c, const Deal& deal, const Piece& p, int lane) {
         const PartMap& from = c.source[p.part];
@@ -77,7 +77,7 @@ LMKV_HD uint64_t raw_bits(T x) {
 template <class From, class To, bool kWithSum>
 struct Elements {
     static constexpr bool kSum = kWithSum;
-    static constexpr int kInFlight = 8;
+    static constexpr int kInFlight = 4;
 
     LMKV_HD static uint64_t move(const Convert& c, const Deal& deal, const Piece& p, int lane) {
         if constexpr (kSum) {
@@ -163,7 +163,6 @@ struct Elements {
     }
 };
 
-LMKV_BODY
 template <class Mover, class Warp, class Batch>
 LMKV_HD void convert_body(const Warp& warp, const Batch& batch) {
     const int64_t pieces = piece_count(batch);

@@ -1,4 +1,4 @@
-// What CUDA and HIP spell differently. The only header that knows; included by .cu files alone.
+// What CUDA and HIP spell differently, and what all launches share. Included by .cu files alone.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,9 @@
-// What g++, nvcc and hipcc spell differently.
+// What g++, nvcc and hipcc spell differently in code that all of them compile. See gpu.h for what only GPUs have.
 #pragma once
+
+#if defined(__HIPCC__)
+#include <hip/hip_runtime.h> // nvcc includes its own by itself
+#endif
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
 #define LMKV_DEVICE_COMPILER 1
@@ -14,11 +18,4 @@
 #define LMKV_UNROLL _Pragma("unroll")
 #else
 #define LMKV_UNROLL
-#endif
-
-// nvcc checks calls in templates before it knows which warp they are for: only __global__ functions take DeviceWarp.
-#if defined(__CUDACC__) && !defined(__HIPCC__)
-#define LMKV_BODY _Pragma("nv_exec_check_disable")
-#else
-#define LMKV_BODY
 #endif
