@@ -7,3 +7,10 @@
 #else
 #define LMKV_CLONES
 #endif
+
+// Before a loop whose rounds do not depend on each other, which the compiler cannot see where pointers are computed.
+#if defined(__clang__)
+#define LMKV_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define LMKV_INDEPENDENT _Pragma("GCC ivdep")
+#endif

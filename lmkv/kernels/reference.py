@@ -136,6 +136,11 @@ def elements_of(data: torch.Tensor, layer_offset: int, dtype: torch.dtype) -> to
     return data[layer_offset : layer_offset + usable].view(dtype)
 
 
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To nearest even. NaNs become one bit pattern, whatever torch makes of them on this machine."""
+    return torch.where(x.isnan(), torch.tensor(torch.nan, dtype=dtype, device=x.device), x.to(dtype))
+
+
 def _add_sums(
     data: torch.Tensor,
     layers: torch.Tensor,

@@ -14,7 +14,7 @@ from lmkv.rope import Rope
 
 from .cache import Cache
 from .ops import loaded
-from .reference import elements, elements_of, part_map
+from .reference import elements, elements_of, part_map, rounded
 
 Runs = NDArray[np.int32]
 """(R, 3): block, first token in it, number of tokens. Columns 2 to 4 of lmkv.layout.Segments are runs of the target."""
@@ -99,12 +99,8 @@ def reference(
     for offset in layers.tolist():
         cache = elements_of(keys, offset, _DTYPES[dtype])
         a, b = cache[at_a].float(), cache[at_b].float()
-        cache[at_a] = _one_nan(a * cosines - b * sines).to(cache.dtype)
-        cache[at_b] = _one_nan(b * cosines + a * sines).to(cache.dtype)
-
-
-def _one_nan(x: torch.Tensor) -> torch.Tensor:
-    return torch.where(x.isnan(), torch.tensor(torch.nan, device=x.device), x)
+        cache[at_a] = rounded(a * cosines - b * sines, cache.dtype)
+        cache[at_b] = rounded(b * cosines + a * sines, cache.dtype)
 
 
 for _device in ("cpu", "cuda"):

@@ -46,8 +46,8 @@ template <class T>
 LMKV_HD void turn(T& a, T& b, float cosine, float sine) {
     const float x = to_float(a);
     const float y = to_float(b);
-    a = from_float<T>(one_nan(sub(mul(x, cosine), mul(y, sine))));
-    b = from_float<T>(one_nan(add(mul(y, cosine), mul(x, sine))));
+    a = rounded<T>(sub(mul(x, cosine), mul(y, sine)));
+    b = rounded<T>(add(mul(y, cosine), mul(x, sine)));
 }
 
 } // namespace lmkv

@@ -75,7 +75,6 @@ struct TurnPairs {
     }
 };
 
-LMKV_BODY
 template <class Mover, class Warp, class Batch>
 LMKV_HD void rotate_body(const Warp& warp, const Batch& batch) {
     const int64_t slices = slice_count(batch);
