@@ -11,7 +11,7 @@ import torch
 
 from lmkv.kernels import _load
 
-RESULTS = {"rotate_keys": "bool"}
+RESULTS = {"rotate_keys": "bool", "encode_pages": "bool", "decode_pages": "bool"}
 """What the shim's op returns: whether it used vectors."""
 
 

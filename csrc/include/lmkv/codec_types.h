@@ -1,4 +1,5 @@
-// Codes of one byte, and the arithmetic between them and numbers. Without branches, so that compilers make vectors of it.
+// Codes of one byte, and the arithmetic between them and numbers. Without branches, so that compilers make vectors of
+// it.
 #pragma once
 
 #include <cstdint>
