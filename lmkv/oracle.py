@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import Array, Geometry, Segments, part_maps, window
+from .rope import Rope
 
 Bytes = NDArray[np.uint8]
 _MASK = (1 << 64) - 1
@@ -96,6 +97,29 @@ def mix(word: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint6
         x = x ^ (x >> np.uint64(32))
         x = x * np.uint64(WORD_PRIME)
         return np.asarray(x ^ (x >> np.uint64(32)))
+
+
+def rotate(place: Place, runs: NDArray[np.int32], offsets: Array, rope: Rope) -> None:
+    """Turn the keys of each run (block, token, tokens) by its offset, in place; those with offset 0 stay as they are."""
+    g, lanes = place.geometry, np.arange(place.geometry.width)
+    for (block, token, count), offset in zip(runs.astype(np.int64), offsets, strict=True):
+        if offset == 0:
+            continue
+        cosines, sines = rope.turns([offset])[0]
+        tokens = token + np.arange(count)
+        for layer in range(g.layers):
+            for head in range(g.heads):
+                at = element_bytes(place, layer, 0, head, np.full(count, block), tokens)
+                a, b = (at[:, dims, None] + lanes for dims in rope.dims())
+                x, y = to_float(place.data[a], g.dtype), to_float(place.data[b], g.dtype)
+                with np.errstate(invalid="ignore", over="ignore"):
+                    place.data[a] = from_float(one_nan(x * cosines - y * sines), g.dtype)
+                    place.data[b] = from_float(one_nan(y * cosines + x * sines), g.dtype)
+
+
+def one_nan(value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Machines differ in the bits of the NaNs that arithmetic makes: all of them become this one."""
+    return np.where(np.isnan(value), np.float32(np.nan), value)
 
 
 def cast(raw: Bytes, source: str, target: str) -> Bytes:

@@ -3,12 +3,27 @@
     convert_blocks(source, target, segments)        blocks of any geometry into blocks of any other
     pack_pages(source, pages, segments)             blocks into canonical pages; returns the pages' checksums
     unpack_pages(pages, target, segments)           the reverse; returns the checksums of what it has read
+    rotate_keys(cache, runs, offsets, rope)         keys moved to other positions, in place
+    encode_pages(pages, coded, codec)               canonical pages with one byte a number
+    decode_pages(coded, pages, codec)               the reverse
 
 `python -m lmkv.kernels` says what is loaded and proves it.
 """
 
 from .cache import Cache
+from .codec import decode_pages, encode_pages
 from .ops import convert_blocks, loaded, pack_pages, unpack_pages
+from .rotate import rotate_keys
 from .selftest import selftest
 
-__all__ = ["Cache", "convert_blocks", "loaded", "pack_pages", "selftest", "unpack_pages"]
+__all__ = [
+    "Cache",
+    "convert_blocks",
+    "decode_pages",
+    "encode_pages",
+    "loaded",
+    "pack_pages",
+    "rotate_keys",
+    "selftest",
+    "unpack_pages",
+]

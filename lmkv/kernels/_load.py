@@ -14,10 +14,18 @@ _MAPS = (
     "Tensor source, Tensor source_layers, int[] source_map, Tensor(a!) target, Tensor target_layers, int[] target_map"
 )
 _SUMS = "Tensor(b!) sums, Tensor segments, int[] shape, int[] page, int source_type, int target_type"
+_PAGES = "Tensor pages, Tensor page_layers, int[] page_map"
+_CODED = "Tensor coded, Tensor coded_layers, int[] coded_map"
+_CODEC = "Tensor moves, int[] shape, int dtype, int codec"
 SCHEMAS = {
     "convert_blocks": f"({_MAPS}, Tensor segments, int[] shape, int source_type, int target_type) -> ()",
     "pack_pages": f"({_MAPS}, {_SUMS}) -> ()",
     "unpack_pages": f"({_MAPS}, {_SUMS}) -> ()",
+    "encode_pages": f"({_PAGES}, {_CODED.replace('Tensor coded', 'Tensor(a!) coded', 1)}, {_CODEC}) -> ()",
+    "decode_pages": f"({_CODED}, {_PAGES.replace('Tensor pages', 'Tensor(a!) pages', 1)}, {_CODEC}) -> ()",
+    "rotate_keys": (
+        "(Tensor(a!) keys, Tensor layers, int[] map, Tensor runs, Tensor turns, int[] shape, int dtype) -> ()"
+    ),
 }
 """By op. docs: csrc/ops/arguments.h says what the lists of numbers are."""
 

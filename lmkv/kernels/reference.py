@@ -43,11 +43,11 @@ def convert_blocks(
     block_s, token_s, block_t, token_t = _tokens(segments.to(source.device))
     for part in range(parts):
         d = torch.arange(dims[part], device=source.device)
-        at_s = _elements(_map(source_map, part), block_s, heads + shape[4], token_s, d)
-        at_t = _elements(_map(target_map, part), block_t, heads + shape[5], token_t, d)
+        at_s = elements(part_map(source_map, part), block_s, heads + shape[4], token_s, d)
+        at_t = elements(part_map(target_map, part), block_t, heads + shape[5], token_t, d)
         for layer_s, layer_t in zip(source_layers.tolist(), target_layers.tolist(), strict=True):
-            values = _elements_of(source, layer_s, from_type)[at_s]
-            _elements_of(target, layer_t, to_type)[at_t] = _cast(values, to_type)
+            values = elements_of(source, layer_s, from_type)[at_s]
+            elements_of(target, layer_t, to_type)[at_t] = _cast(values, to_type)
 
 
 def _cast(values: torch.Tensor, to: torch.dtype) -> torch.Tensor:
@@ -133,7 +133,7 @@ def unpack_pages(
     _add_sums(source, source_layers, source_map, sums, blocks, tokens, shape, shape[4], page, _DTYPES[source_type])
 
 
-def _map(fields: Sequence[int], part: int) -> PartMap:
+def part_map(fields: Sequence[int], part: int) -> PartMap:
     return PartMap(*fields[part * _FIELDS : (part + 1) * _FIELDS])
 
 
@@ -147,16 +147,21 @@ def _tokens(segments: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return columns[0], columns[1] + within, columns[2], columns[3] + within
 
 
-def _elements(m: PartMap, b: torch.Tensor, h: torch.Tensor, n: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+def elements(m: PartMap, b: torch.Tensor, h: torch.Tensor, n: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
     """(tokens, heads, dims) element offsets within a layer."""
     token = m.block * b + m.n1 * (n >> m.tn) + m.n0 * (n & ((1 << m.tn) - 1))
     dim = m.d1 * (d >> m.td) + m.d0 * (d & ((1 << m.td) - 1))
     return m.offset + token[:, None, None] + (m.head * h)[None, :, None] + dim[None, None, :]
 
 
-def _elements_of(data: torch.Tensor, layer_offset: int, dtype: torch.dtype) -> torch.Tensor:
+def elements_of(data: torch.Tensor, layer_offset: int, dtype: torch.dtype) -> torch.Tensor:
     usable = (data.numel() - layer_offset) // dtype.itemsize * dtype.itemsize
     return data[layer_offset : layer_offset + usable].view(dtype)
+
+
+def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """To nearest even. NaNs become one bit pattern, whatever torch makes of them on this machine."""
+    return torch.where(x.isnan(), torch.tensor(torch.nan, dtype=dtype, device=x.device), x.to(dtype))
 
 
 def _add_sums(
@@ -178,12 +183,12 @@ def _add_sums(
     heads = torch.arange(shape[3], device=data.device)
     word = torch.arange(words, device=data.device)
     for part in range(parts):
-        at = _elements(
-            _map(fields, part), blocks, heads + first_head, tokens, torch.arange(dims[part], device=data.device)
+        at = elements(
+            part_map(fields, part), blocks, heads + first_head, tokens, torch.arange(dims[part], device=data.device)
         )
         used = -(-dims[part] * dtype.itemsize // 8)
         for i, offset in enumerate(layers.tolist()):
-            rows = _elements_of(data, offset, dtype)[at].contiguous().view(torch.uint8)
+            rows = elements_of(data, offset, dtype)[at].contiguous().view(torch.uint8)
             padded = torch.nn.functional.pad(rows, (0, used * 8 - rows.shape[-1])).view(torch.int64)
             row = ((page_head + heads) * model_layers + page_layer + i) * parts + part
             index = (row[None, :] * page_tokens + tokens[:, None]) * words

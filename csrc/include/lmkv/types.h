@@ -38,10 +38,10 @@ LMKV_HD float to_float(Bf16 x) { return float_of(static_cast<uint32_t>(x.bits) <
 LMKV_HD float to_float(Fp16 x) {
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t rest = x.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | ((rest & 0x3ffu) << 13)); // inf, NaN
     // Place the mantissa under an exponent that the multiplication corrects: right for subnormals too.
-    const float magnitude = float_of(rest << 13) * float_of(0x77800000u); // 2^112
-    return float_of(sign | bits_of(magnitude));
+    const uint32_t finite = bits_of(float_of(rest << 13) * float_of(0x77800000u)); // 2^112
+    const uint32_t other = 0x7f800000u | ((rest & 0x3ffu) << 13);                  // inf, NaN
+    return float_of(sign | (rest >= 0x7c00u ? other : finite)); // both are computed: without a branch, for vectors
 }
 
 template <class T>
