@@ -10,7 +10,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_MAPS = "Tensor source, Tensor source_layers, int[] source_map, Tensor(a!) target, Tensor target_layers, int[] target_map"
+_MAPS = (
+    "Tensor source, Tensor source_layers, int[] source_map, Tensor(a!) target, Tensor target_layers, int[] target_map"
+)
 _SUMS = "Tensor(b!) sums, Tensor segments, int[] shape, int[] page, int source_type, int target_type"
 _PAGES = "Tensor pages, Tensor page_layers, int[] page_map"
 _CODED = "Tensor coded, Tensor coded_layers, int[] coded_map"
