@@ -76,7 +76,7 @@ def _nearest_fp8(quotients: NDArray[np.float32]) -> Bytes:
     even_is_above = above % 2 == 0
     up = (gap_above < gap_below) | ((gap_above == gap_below) & even_is_above)
     sign = np.signbit(quotients).astype(np.uint8) << 7
-    return np.where(up, above, below).astype(np.uint8) | sign
+    return np.asarray(np.where(up, above, below) | sign, dtype=np.uint8)
 
 
 def _areas(pages: Place, coded: Place, moves: Moves) -> Iterator[tuple[Array, Array]]:
@@ -90,9 +90,7 @@ def _areas(pages: Place, coded: Place, moves: Moves) -> Iterator[tuple[Array, Ar
                 for part in range(len(pages.geometry.parts)):
                     blocks = np.full(len(tokens), page)
                     at = element_bytes(pages, w.source_layer + layer, part, w.source_head + head, blocks, tokens)
-                    area = element_bytes(
-                        coded, w.target_layer + layer, part, w.target_head + head, zero + target, zero
-                    )
+                    area = element_bytes(coded, w.target_layer + layer, part, w.target_head + head, zero + target, zero)
                     yield at, area[0]
 
 

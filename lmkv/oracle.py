@@ -100,7 +100,7 @@ def mix(word: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray[np.uint6
 
 
 def rotate(place: Place, runs: NDArray[np.int32], offsets: Array, rope: Rope) -> None:
-    """Turn the keys of each run (block, token, tokens) by its offset, in place; those with offset 0 stay as they are."""
+    """Turn the keys of each run (block, token, tokens) by its offset, in place; those with offset 0 are left alone."""
     g, lanes = place.geometry, np.arange(place.geometry.width)
     for (block, token, count), offset in zip(runs.astype(np.int64), offsets, strict=True):
         if offset == 0:
@@ -119,7 +119,7 @@ def rotate(place: Place, runs: NDArray[np.int32], offsets: Array, rope: Rope) ->
 
 def one_nan(value: NDArray[np.float32]) -> NDArray[np.float32]:
     """Machines differ in the bits of the NaNs that arithmetic makes: all of them become this one."""
-    return np.where(np.isnan(value), np.float32(np.nan), value)
+    return np.asarray(np.where(np.isnan(value), np.float32(np.nan), value), dtype=np.float32)
 
 
 def cast(raw: Bytes, source: str, target: str) -> Bytes:

@@ -1,11 +1,12 @@
 """How a model turns its keys by their positions, and by how much to turn them further when they move. Pure.
 
-Rotary embedding turns pair i of a key's dimensions by the angle position · frequency[i]. Turns add up, so a key computed
-at p becomes the key at q when it is turned by (q − p) · frequency, whatever p is, as long as the frequencies depend on
-nothing but the model. That holds for the kinds `default`, `linear`, `llama3` and `yarn`; the others are refused.
+Rotary embedding turns pair i of a key's dimensions by the angle position · frequency[i]. Turns add up, so a key
+computed at p becomes the key at q when it is turned by (q − p) · frequency, whatever p is, as long as the frequencies
+depend on nothing but the model. That holds for the kinds `default`, `linear`, `llama3` and `yarn`; the others are
+refused.
 
-YaRN also multiplies keys by an attention factor. It is in the cached key already, a turn keeps lengths, and so it is not
-needed here.
+YaRN also multiplies keys by an attention factor. It is in the cached key already and the same at every position; a turn
+keeps it, so it is not needed here.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ REASONS = {
 class Rope:
     """The rotary embedding of a model's keys.
 
-    Pair i is turned by frequencies[i] radians a token. `first` is the first dimension of a key that is turned; the pairs
-    are (first + 2i, first + 2i + 1) where `interleaved` (GPT-J), else (first + i, first + F + i) (NeoX), F pairs in all.
+    Pair i is turned by frequencies[i] radians a token. `first` is the first dimension of a key that is turned. Of F
+    pairs, pair i is (first + 2i, first + 2i + 1) where `interleaved` (GPT-J), else (first + i, first + F + i) (NeoX).
     """
 
     frequencies: Floats
@@ -79,7 +80,9 @@ def from_config(config: Config, *, interleaved: bool | None = None) -> Rope:
     kind = str(parameters.get("rope_type", "default"))
     if kind not in _KINDS:
         reason = REASONS.get(kind, "it is unknown")
-        raise LayoutError(f"keys cannot be re-positioned: rope type {kind!r}: {reason}", hint=f"known: {', '.join(_KINDS)}")
+        raise LayoutError(
+            f"keys cannot be re-positioned: rope type {kind!r}: {reason}", hint=f"known: {', '.join(_KINDS)}"
+        )
     latent = int(config.get("kv_lora_rank") or 0)
     pairs_are_neighbours = bool(latent) or config.get("model_type") in INTERLEAVED_MODELS
     frequencies = _KINDS[kind](_rotary_dims(config, parameters, latent), parameters)
@@ -90,7 +93,9 @@ def _require_one_rotation(config: Config) -> None:
     """All layers turn all keys in the same way."""
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
-        raise LayoutError(f"keys cannot be re-positioned: layers of several kinds, {sorted(kinds)}, may differ in rotation")
+        raise LayoutError(
+            f"keys cannot be re-positioned: layers of several kinds, {sorted(kinds)}, may differ in rotation"
+        )
     if any(not turned for turned in config.get("no_rope_layers") or ()):
         raise LayoutError("keys cannot be re-positioned: some layers have no rotary embedding (no_rope_layers)")
     if config.get("dual_chunk_attention_config"):
@@ -109,7 +114,9 @@ def _parameters(config: Config) -> dict[str, Any]:
     found.setdefault("rope_type", found.get("type", "default"))
     theta = _first_of(found, ("rope_theta",)) or _first_of(config, ("rope_theta", "rotary_emb_base"))
     if theta is None:
-        raise LayoutError("the config has no rope_theta", hint="pass the loaded model's config; older files leave it out")
+        raise LayoutError(
+            "the config has no rope_theta", hint="pass the loaded model's config; older files leave it out"
+        )
     found["rope_theta"] = float(theta)
     longest, trained = config.get("max_position_embeddings"), ("original_max_position_embeddings",)
     original = _first_of(config, trained) or _first_of(found, trained)

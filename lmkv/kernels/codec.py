@@ -47,7 +47,7 @@ def _arguments(
         raise LayoutError(f"codec {codec!r} is unknown", hint=f"known: {', '.join(CODECS)}")
     if coded_pages(g).parts != h.parts or (h.dtype, h.block_tokens) != ("uint8", 1):
         raise LayoutError(
-            f"coded pages of {g} have areas of {coded_pages(g).parts} bytes; the geometry given has {h.parts} in {h.dtype}",
+            f"coded pages of {g} have areas of {coded_pages(g).parts} bytes; those given have {h.parts} in {h.dtype}",
             hint="see lmkv.codec.coded_pages",
         )
     w = window(g, h)

@@ -53,7 +53,7 @@ def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) 
 def _table(
     runs: Runs, offsets: int | ArrayLike, rope: Rope, block_tokens: int
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """(R, 4): the runs that move, and the row of each in the table of turns, which has one for each different offset."""
+    """(R, 4): the runs that move, and the row of each in the table of turns, one for each different offset."""
     rows = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
     by = np.broadcast_to(np.asarray(offsets, dtype=np.int64), len(rows))
     rows, by = rows[by != 0], by[by != 0]

@@ -7,16 +7,20 @@ import logging
 import numpy as np
 import torch
 
-from lmkv import oracle
+from lmkv import codec_oracle, oracle
+from lmkv.codec import CODECS, coded_pages
 from lmkv.errors import LayoutError
 from lmkv.layout import Geometry, canonical_pages, segments, vllm_cache
+from lmkv.rope import Rope
 
 from .cache import Cache
+from .codec import decode_pages, encode_pages
 from .ops import convert_blocks, loaded, pack_pages, unpack_pages
+from .rotate import rotate_keys
 
 logger = logging.getLogger(__name__)
 
-_SIZES = {"layers": 3, "heads": 4, "parts": (32, 32)}
+OPS = "convert_blocks, pack_pages, unpack_pages, rotate_keys, encode_pages, decode_pages"
 
 
 def _cases() -> list[tuple[Geometry, Geometry]]:
@@ -51,8 +55,11 @@ def selftest() -> list[str]:
     for device in devices():
         for source, target in _cases():
             _prove(source, target, device)
+        _prove_rotation(device)
+        for codec in CODECS:
+            _prove_coding(codec, device)
         how = f"compiled, {loaded[device]}" if device in loaded else "reference in torch (nothing compiled is loaded)"
-        lines.append(f"{device}: convert_blocks, pack_pages, unpack_pages agree with the oracle · {how}")
+        lines.append(f"{device}: {OPS} agree with the oracle · {how}")
     return lines
 
 
@@ -82,6 +89,33 @@ def _prove(source: Geometry, target: Geometry, device: str) -> None:
     here = Cache.empty(target, device)
     unpack_pages(pages, here, back)
     _same("unpack_pages", device, here.data, wanted, page, target)
+
+
+def _prove_rotation(device: str) -> None:
+    rng = np.random.default_rng(2)
+    for g, _ in _cases():
+        data = oracle.from_float(rng.standard_normal(g.span_bytes() // g.width).astype(np.float32), g.dtype).ravel()
+        runs, offsets = np.array([[1, 3, 9], [0, 0, 16]], dtype=np.int32), np.array([-7, 100_000])
+        rope = Rope(np.array([1, 0.1, 0.01, 0.001], dtype=np.float32), first=8)
+        here = Cache.of(torch.from_numpy(data.copy()).to(device), g)
+        oracle.rotate(oracle.Place.of(data, g), runs, offsets, rope)
+        rotate_keys(here, runs, offsets, rope)
+        _same("rotate_keys", device, here.data, data, g, g)
+
+
+def _prove_coding(codec: str, device: str) -> None:
+    page = canonical_pages(_cases()[0][0], page_tokens=32, pages=2)
+    coded = coded_pages(page)
+    data = np.random.default_rng(3).integers(0, 256, page.span_bytes(), dtype=np.uint8)
+    wanted, moves = np.zeros(coded.span_bytes(), dtype=np.uint8), np.array([[0, 1], [1, 0]], dtype=np.int32)
+    codec_oracle.encode(oracle.Place.of(data, page), oracle.Place.of(wanted, coded), moves, codec)
+    there, here = Cache.of(torch.from_numpy(data).to(device), page), Cache.empty(coded, device)
+    encode_pages(there, here, codec, moves)
+    _same(f"encode_pages ({codec})", device, here.data, wanted, page, coded)
+
+    codec_oracle.decode(oracle.Place.of(wanted, coded), oracle.Place.of(data, page), moves, codec)
+    decode_pages(here, there, codec, moves)
+    _same(f"decode_pages ({codec})", device, there.data, data, coded, page)
 
 
 def _same(op: str, device: str, got: torch.Tensor, wanted: np.ndarray, source: Geometry, target: Geometry) -> None:

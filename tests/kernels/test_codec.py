@@ -151,8 +151,8 @@ def test_the_gpu_codes_vectors_where_it_can(
 @WIDE
 @given(seed=seeds, dtype=st.sampled_from(FLOATS), codec=st.sampled_from(CODECS))
 def test_what_is_decoded_is_near_what_was_encoded(seed: int, dtype: str, codec: str) -> None:
-    """int8: half a scale. fp8: 2^-4 of the number, or for small ones half a step of 2^-9 scales. To either, the rounding
-    of the pages' type and of three operations in float32 is added."""
+    """int8: half a scale. fp8: 2^-4 of the number, or for small ones half a step of 2^-9 scales. To either, the
+    rounding of the pages' type and of three operations in float32 is added."""
     page = pages_of(dtype, tokens=32)
     source, back = places.empty(page, Shift()), places.empty(page, Shift())
     coded = places.empty(coded_pages(page), Shift())
@@ -170,7 +170,7 @@ def test_what_is_decoded_is_near_what_was_encoded(seed: int, dtype: str, codec: 
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_extremes(dtype: str, codec: str) -> None:
-    """The largest numbers of a type come back as they were; what is not finite comes back as NaN, and harms nothing else.
+    """The largest numbers of a type come back as they were; what is not finite comes back as NaN and harms nothing.
 
     The very largest float32 would round to infinity."""
     page = pages_of(dtype, tokens=16, pages=1, layers=1, heads=1, parts=(8,))
@@ -249,10 +249,22 @@ def test_sizes_shrink_to_a_byte_a_number_and_the_scales(dtype: str, share: int) 
     [
         (pages_of("bfloat16"), coded_pages(pages_of("bfloat16")), "int4", None, "codec 'int4' is unknown"),
         (pages_of("int8"), coded_pages(pages_of("bfloat16")), "int8", None, "pages in int8 .* are not coded"),
-        (pages_of("bfloat16"), coded_pages(pages_of("bfloat16", tokens=16)), "int8", None, r"have areas of \(520, 520\)"),
+        (
+            pages_of("bfloat16"),
+            coded_pages(pages_of("bfloat16", tokens=16)),
+            "int8",
+            None,
+            r"have areas of \(520, 520\)",
+        ),
         (pages_of("bfloat16"), coded_pages(pages_of("bfloat16")), "int8", [[0, 1], [0, 2]], "a page is named twice"),
         (pages_of("bfloat16"), coded_pages(pages_of("bfloat16")), "int8", [[0, 3]], "none of the 3 there are"),
-        (pages_of("bfloat16", tokens=3, parts=(2, 2)), coded_pages(pages_of("bfloat16")), "int8", None, "not be aligned"),
+        (
+            pages_of("bfloat16", tokens=3, parts=(2, 2)),
+            coded_pages(pages_of("bfloat16")),
+            "int8",
+            None,
+            "not be aligned",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(

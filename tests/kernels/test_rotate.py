@@ -73,7 +73,9 @@ def cases(draw: st.DrawFn) -> tuple[Geometry, Shift, Work]:
 
 @WIDE
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), warps=st.sampled_from((1, 2, 5, 64)))
-def test_all_agree_with_the_oracle(shim_library: object, case: tuple[Geometry, Shift, Work], seed: int, warps: int) -> None:
+def test_all_agree_with_the_oracle(
+    shim_library: object, case: tuple[Geometry, Shift, Work], seed: int, warps: int
+) -> None:
     """Random bytes have NaNs, infinities and subnormals among them."""
     g, shift, work = case
     compare(g, shift, seed, work, compiled, in_torch, on_warps(warps))
@@ -195,7 +197,9 @@ def test_offset_0_changes_no_bit() -> None:
         ({"dtype": "int8"}, [[0, 0, 4]], rope(32), "keys in int8 cannot be re-positioned"),
     ],
 )
-def test_what_does_not_fit_is_refused(changes: dict[str, object], runs: list[list[int]], kind: Rope, message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    changes: dict[str, object], runs: list[list[int]], kind: Rope, message: str
+) -> None:
     place = places.random(cache_of(**changes), Shift(), 6)
     before = place.data.copy()
     with pytest.raises(LayoutError, match=message):
