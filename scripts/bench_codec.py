@@ -62,7 +62,8 @@ class Subject:
         if not (folder / "config.json").is_file():
             raise BenchError(f"no model in {folder}; run scripts/fetch_model.py or give --model")
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        self.model.train(False)
 
     def prompt(self, number: int) -> list[int]:
         """A chat turn: 10 to 40 sentences of prose and a question. The same number gives the same prompt."""
@@ -72,8 +73,8 @@ class Subject:
         text = " ".join(sentences[: chance.randint(10, 40)])
         content = f"{text}\n\n{QUESTIONS[number % len(QUESTIONS)]}"
         messages = [{"role": "user", "content": content}]
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        turn = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(self.tokenizer(turn, add_special_tokens=False)["input_ids"])
 
     def prefill(self, prompt: Sequence[int]) -> Any:
         """The cache of all tokens but the last, which the answer begins with."""
