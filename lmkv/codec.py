@@ -3,8 +3,8 @@ docs/page-format.md for the bytes.
 
 A coded page is [H][L][part], each an *area*: the codes [N][D], then one little-endian float32 scale for every 16
 tokens. So a rank's heads are one contiguous range here too. As a geometry it is a cache of one token a block, whose
-parts are the areas: `convert_blocks`, `pack_pages` and `unpack_pages` move coded pages and shares of them, and sum them,
-as they do others.
+parts are the areas: `convert_blocks`, `pack_pages` and `unpack_pages` move and sum coded pages, and shares of them, as
+they do others.
 """
 
 from __future__ import annotations
