@@ -11,12 +11,12 @@ template <class T, class C>
 struct Encode {
     static void group(const Group& g) {
         const auto* numbers = reinterpret_cast<const T*>(g.numbers);
-        uint32_t magnitude = 0;
+        int32_t magnitude = 0;
         for (int32_t i = 0; i < g.count; ++i) {
-            const uint32_t other = finite_magnitude(to_float(numbers[i]));
+            const int32_t other = finite_magnitude(to_float(numbers[i]));
             magnitude = other > magnitude ? other : magnitude;
         }
-        const Scale scale = scale_of(float_of(magnitude), C::kLargest);
+        const Scale scale = scale_of(float_of(static_cast<uint32_t>(magnitude)), C::kLargest);
         uint8_t* codes = g.codes;
         LMKV_INDEPENDENT
         for (int32_t i = 0; i < g.count; ++i) codes[i] = encoded<C>(to_float(numbers[i]), scale.inverse);

@@ -54,17 +54,17 @@ struct Coder {
     using Codes = C;
 
     LMKV_HD static float largest(const Group& g, int lane) {
-        uint32_t magnitude = 0;
+        int32_t magnitude = 0;
         for (int32_t i = lane * kCount; i < g.count; i += kWarpLanes * kCount) {
             Vector<T, kCount> numbers;
             numbers.read(g.numbers + i * sizeof(T));
             LMKV_UNROLL
             for (int k = 0; k < kCount; ++k) {
-                const uint32_t other = finite_magnitude(to_float(numbers.x[k]));
+                const int32_t other = finite_magnitude(to_float(numbers.x[k]));
                 magnitude = other > magnitude ? other : magnitude;
             }
         }
-        return float_of(magnitude);
+        return float_of(static_cast<uint32_t>(magnitude));
     }
 
     LMKV_HD static void encode(const Group& g, const Scale& scale, int lane) {

@@ -11,10 +11,16 @@ namespace lmkv {
 
 enum class Code : int32_t { kFp8E4m3 = 0, kInt8 = 1 }; // index in CODECS of lmkv/codec.py
 
+// All ones for a finite number, else 0. A mask, since compilers do not make vectors of selections that they take for
+// branches; signed, since not all vectors compare unsigned.
+LMKV_HD uint32_t finite_mask(uint32_t bits) {
+    return -static_cast<uint32_t>(static_cast<int32_t>(bits & 0x7fffffffu) < 0x7f800000);
+}
+
 // The bits of a finite number's magnitude, which order as numbers do; 0 for others.
-LMKV_HD uint32_t finite_magnitude(float x) {
-    const uint32_t magnitude = bits_of(x) & 0x7fffffffu;
-    return magnitude < 0x7f800000u ? magnitude : 0u;
+LMKV_HD int32_t finite_magnitude(float x) {
+    const uint32_t u = bits_of(x);
+    return static_cast<int32_t>(u & 0x7fffffffu & finite_mask(u));
 }
 
 struct Scale {
@@ -66,9 +72,9 @@ struct Int8 {
 
 template <class C>
 LMKV_HD uint8_t encoded(float x, float inverse) {
-    const bool finite = (bits_of(x) & 0x7fffffffu) < 0x7f800000u;
-    const uint32_t code = C::from(mul(finite ? x : 0.0f, inverse));
-    return static_cast<uint8_t>(finite ? code : C::kNan);
+    const uint32_t finite = finite_mask(bits_of(x));
+    const uint32_t code = C::from(mul(float_of(bits_of(x) & finite), inverse));
+    return static_cast<uint8_t>((code & finite) | (C::kNan & ~finite));
 }
 
 template <class C, class T>
