@@ -8,7 +8,7 @@ from typing import Protocol
 
 from lmkv.ids import RequestId, TransferId
 
-from .metadata import ExpectSpec, OfferSpec, Push, RankReport
+from .specs import ExpectSpec, OfferSpec, Push, RankReport
 
 
 class Fence(Protocol):

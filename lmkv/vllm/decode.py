@@ -20,8 +20,9 @@ from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
 
 from .endpoint import EngineEndpoint
-from .metadata import BlockRange, ExpectSpec, RankReport, StepMeta
+from .metadata import StepMeta
 from .params import RequestParams
+from .specs import BlockRange, ExpectSpec, RankReport
 
 QUARANTINE_STEPS_S = 60.0
 

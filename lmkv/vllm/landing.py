@@ -20,8 +20,8 @@ from lmkv.transfer.landing import Share, kernel_ids, share_of, slot_geometry
 from lmkv.transfer.slots import Borrower, Loan, SlotRing
 
 from . import memory
-from .metadata import ExpectSpec
 from .peers import Peers
+from .specs import ExpectSpec
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from typing import Any
 from lmkv.ids import RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
 
-from .metadata import BlockRange, OfferSpec, Push, StepMeta
+from .metadata import StepMeta
 from .params import RequestParams
+from .specs import BlockRange, OfferSpec, Push
 
 
 @dataclass(slots=True)

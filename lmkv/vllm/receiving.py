@@ -20,8 +20,8 @@ from lmkv.transfer.receiver import Receiver
 
 from . import dump, memory
 from .landing import LandingSlots
-from .metadata import ExpectSpec, RankReport
 from .peers import Peers
+from .specs import ExpectSpec, RankReport
 from .trace import ReceiveTrace, facts
 
 logger = logging.getLogger(__name__)

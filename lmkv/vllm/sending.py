@@ -25,8 +25,8 @@ from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 
 from . import dump, memory
 from .commands import LayersDone, Ready, StepDone
-from .metadata import BlockRange, OfferSpec
 from .peers import Pal, Peers
+from .specs import BlockRange, OfferSpec
 from .trace import SendTrace, facts
 
 logger = logging.getLogger(__name__)

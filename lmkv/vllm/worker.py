@@ -34,7 +34,8 @@ from .commands import (
     Withdrawn,
 )
 from .geometry import Shard
-from .metadata import HandshakeMeta, Push, RankReport, StepMeta, WorkerMeta
+from .metadata import HandshakeMeta, StepMeta, WorkerMeta
+from .specs import Push, RankReport
 from .writer import WorkerLoop
 
 logger = logging.getLogger(__name__)
