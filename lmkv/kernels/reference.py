@@ -6,6 +6,7 @@ Bit for bit what the kernels do; tests compare all of them with lmkv/oracle.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -73,64 +74,22 @@ def _cast(values: torch.Tensor, to: torch.dtype) -> torch.Tensor:
     return out
 
 
-def pack_pages(
-    source: torch.Tensor,
-    source_layers: torch.Tensor,
-    source_map: Sequence[int],
-    target: torch.Tensor,
-    target_layers: torch.Tensor,
-    target_map: Sequence[int],
-    sums: torch.Tensor,
-    segments: torch.Tensor,
-    shape: Sequence[int],
-    page: Sequence[int],
-    source_type: int,
-    target_type: int,
-) -> None:
-    convert_blocks(
-        source,
-        source_layers,
-        source_map,
-        target,
-        target_layers,
-        target_map,
-        segments,
-        shape,
-        source_type,
-        target_type,
-    )
+def pack_pages(*call: Any) -> None:
+    """The target is pages; their rows are summed."""
+    source, sums, segments, shape, page, target_type = call[0], *call[6:10], call[11]
+    convert_blocks(*(*call[:6], segments, shape, *call[10:]))
     blocks, tokens = _tokens(segments.to(source.device))[2:]
-    _add_sums(target, target_layers, target_map, sums, blocks, tokens, shape, shape[5], page, _DTYPES[target_type])
+    pages, layers, fields = call[3:6]
+    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[5], page, _DTYPES[target_type])
 
 
-def unpack_pages(
-    source: torch.Tensor,
-    source_layers: torch.Tensor,
-    source_map: Sequence[int],
-    target: torch.Tensor,
-    target_layers: torch.Tensor,
-    target_map: Sequence[int],
-    sums: torch.Tensor,
-    segments: torch.Tensor,
-    shape: Sequence[int],
-    page: Sequence[int],
-    source_type: int,
-    target_type: int,
-) -> None:
-    convert_blocks(
-        source,
-        source_layers,
-        source_map,
-        target,
-        target_layers,
-        target_map,
-        segments,
-        shape,
-        source_type,
-        target_type,
-    )
+def unpack_pages(*call: Any) -> None:
+    """The source is pages; their rows are summed."""
+    source, sums, segments, shape, page, source_type = call[0], *call[6:10], call[10]
+    convert_blocks(*(*call[:6], segments, shape, *call[10:]))
     blocks, tokens = _tokens(segments.to(source.device))[:2]
-    _add_sums(source, source_layers, source_map, sums, blocks, tokens, shape, shape[4], page, _DTYPES[source_type])
+    pages, layers, fields = call[:3]
+    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[4], page, _DTYPES[source_type])
 
 
 def part_map(fields: Sequence[int], part: int) -> PartMap:
