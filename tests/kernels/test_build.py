@@ -71,7 +71,18 @@ def test_the_wheel_holds_the_library_and_proves_itself(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     assert {"lmkv/kernels/liblmkv_cpu.so", "lmkv/transport/base.py", "lmkv/py.typed"} <= names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu")) or "__pycache__" in name]
-    # Packages of this environment without its .pth files (-S), which would find the sources instead of the wheel.
+    said = selftest(tmp_path / "site")
+    assert str(tmp_path) in said and "compiled, " in said
+
+
+def test_without_a_library_the_reference_proves_itself(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "lmkv", tmp_path / "lmkv", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    said = selftest(tmp_path)
+    assert str(tmp_path) in said and "nothing compiled is loaded" in said
+
+
+def selftest(site: Path) -> str:
+    """What lmkv in this folder says, with the packages of this environment but without its .pth files (-S), which would
+    find the installed sources instead."""
     proof = "import sys; sys.path[:0] = sys.argv[1:]; import lmkv.kernels as k; print(k.__file__, *k.selftest())"
-    said = run(sys.executable, "-S", "-c", proof, str(tmp_path / "site"), sysconfig.get_paths()["purelib"])
-    assert str(tmp_path) in said and "compiled" in said
+    return run(sys.executable, "-S", "-c", proof, str(site), sysconfig.get_paths()["purelib"])
