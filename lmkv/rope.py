@@ -7,6 +7,9 @@ refused.
 
 YaRN also multiplies keys by an attention factor. It is in the cached key already and the same at every position; a turn
 keeps it, so it is not needed here.
+
+What is done to a key after its turn has to commute with turns, too. Where a model's code is known to do otherwise, or
+not to turn some keys at all, the model is refused: a key turned by mistake is not found out by anything later on.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from .layout import Array
 Floats = NDArray[np.float32]
 Config = Mapping[str, Any]
 
-INTERLEAVED_MODELS = frozenset({"cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj"})
+INTERLEAVED_MODELS = frozenset({"cohere", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gptj", "helium"})
 """Model types whose pairs are neighbours, besides those with MLA. All others pair the halves."""
 REASONS = {
     "dynamic": "its frequencies depend on the length of the sequence (dynamic NTK)",
@@ -34,6 +37,19 @@ REASONS = {
     "mrope": "its positions are not one number a token (M-RoPE)",
 }
 """Why known kinds are refused."""
+_NORMED = "it norms keys with weights after it has turned them"
+_PARTLY = "its layers of full attention have no rotary embedding"
+MODEL_REASONS = {
+    "cohere2": _PARTLY,
+    "cohere2_moe": _PARTLY,
+    "hunyuan_v1_dense": _NORMED,
+    "hunyuan_v1_moe": _NORMED,
+    "hunyuan_vl_text": _NORMED,
+    "nanochat": "it turns keys the other way",
+}
+"""Why model types are refused, whatever else their configs say."""
+LOCAL_ROTATIONS = ("rope_local_base_freq", "swa_rope_theta", "swa_rope_parameters")
+"""Configs that have these turn keys of local attention in another way."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +88,9 @@ class Rope:
 def from_config(config: Config, *, interleaved: bool | None = None) -> Rope:
     """The rotary embedding of the text model that a Hugging Face config (as a dict) describes.
 
-    `interleaved` overrides what is usual for the model type: a Llama from a GGUF file is interleaved, say. Raises
-    LayoutError for what cannot be re-positioned, and why.
+    Pass the config as loaded (`PretrainedConfig.to_dict()`): files leave out what the model's code fills in, such as
+    the share of a head that is turned. `interleaved` overrides what is usual for the model type: a Llama from a GGUF
+    file is interleaved, say. Raises LayoutError for what cannot be re-positioned, and why.
     """
     _require_one_rotation(config)
     parameters = _parameters(config)
@@ -90,16 +107,47 @@ def from_config(config: Config, *, interleaved: bool | None = None) -> Rope:
 
 
 def _require_one_rotation(config: Config) -> None:
-    """All layers turn all keys in the same way."""
+    """All layers turn all keys in the same way, and nothing undoes that."""
+    if isinstance(config.get("text_config"), Mapping):
+        raise LayoutError("the config is of several models, which may differ in rotation", hint="pass its text_config")
+    if why := _unlike_layers(config) or _unlike_keys(config):
+        raise LayoutError(f"keys cannot be re-positioned: {why}")
+
+
+def _unlike_layers(config: Config) -> str:
+    """Why some layers turn keys in another way than others, or may; empty when none does.
+
+    Where a file leaves to the model's code which layers those are, they are not guessed.
+    """
     kinds = set(config.get("layer_types") or ())
     if len(kinds) > 1:
-        raise LayoutError(
-            f"keys cannot be re-positioned: layers of several kinds, {sorted(kinds)}, may differ in rotation"
-        )
-    if any(not turned for turned in config.get("no_rope_layers") or ()):
-        raise LayoutError("keys cannot be re-positioned: some layers have no rotary embedding (no_rope_layers)")
+        return f"layers of several kinds, {sorted(kinds)}, may differ in rotation"
+    if not kinds and config.get("sliding_window_pattern"):
+        return "layers of several kinds (sliding_window_pattern) may differ in rotation"
+    if found := [name for name in LOCAL_ROTATIONS if config.get(name) is not None]:
+        return f"layers of local attention have a rotation of their own ({found[0]})"
+    for name in ("no_rope_layers", "use_rope_layers"):
+        if any(not turned for turned in config.get(name) or ()):
+            return f"some layers have no rotary embedding ({name})"
+    if not config.get("no_rope_layers") and ("no_rope_layers" in config or config.get("no_rope_layer_interval")):
+        return "some layers may have no rotary embedding (no_rope_layers is empty)"
+    return ""
+
+
+def _unlike_keys(config: Config) -> str:
+    """Why keys are not what a turn by their position makes of them; empty when they are."""
+    model = str(config.get("model_type"))
+    if model in MODEL_REASONS:
+        return f"model type {model!r}: {MODEL_REASONS[model]}"
+    if config.get("position_embedding_type", "rope") not in ("rope", "rotary"):
+        return f"its position embedding is {config['position_embedding_type']!r}, not rotary (position_embedding_type)"
+    if config.get("alibi") or config.get("mla_use_nope") or not config.get("use_mem_rope", True):
+        return "it has no rotary embedding (alibi, mla_use_nope or use_mem_rope)"
     if config.get("dual_chunk_attention_config"):
-        raise LayoutError("keys cannot be re-positioned: dual chunk attention turns keys by their place in a chunk")
+        return "dual chunk attention turns keys by their place in a chunk"
+    if config.get("index_topk"):
+        return "its indexer has keys of its own in another cache, which would have to move as well (index_topk)"
+    return ""
 
 
 def _parameters(config: Config) -> dict[str, Any]:
@@ -130,7 +178,8 @@ def _rotary_dims(config: Config, parameters: Config, latent: int) -> int:
     """Of a key, how many are turned."""
     heads = _first_of(config, ("num_attention_heads", "n_head"))
     hidden = _first_of(config, ("hidden_size", "n_embd"))
-    head_dim = config.get("head_dim") or (hidden and heads and hidden // heads)
+    head_dim = _first_of(config, ("head_dim", "attention_head_dim", "kv_channels"))
+    head_dim = head_dim or (hidden and heads and hidden // heads)
     if latent:
         head_dim = config.get("qk_rope_head_dim")
     if not head_dim:
@@ -207,5 +256,6 @@ _KINDS: dict[str, Callable[[int, Config], Floats]] = {
     "linear": _linear,
     "llama3": _llama3,
     "yarn": _yarn,
-    "deepseek_yarn": _yarn,  # vLLM's name for it in models with MLA
+    "deepseek_yarn": _yarn,  # vLLM's names for it in models with MLA
+    "deepseek_llama_scaling": _yarn,
 }

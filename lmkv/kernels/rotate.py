@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lmkv.errors import LayoutError
-from lmkv.layout import FLOATS, WIDTHS, Array, part_maps
+from lmkv.layout import FLOATS, WIDTHS, Array, Geometry, part_maps
 from lmkv.rope import Rope
 
 from .cache import Cache
@@ -38,7 +38,7 @@ def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) 
             f"{rope.pairs} pairs from dimension {rope.first} on are not in keys of {g.parts[0]} elements",
             hint="does the config belong to this cache?",
         )
-    table, turns = _table(runs, offsets, rope, g.block_tokens)
+    table, turns = _table(runs, offsets, rope, g)
     torch.ops.lmkv.rotate_keys(
         cache.data,
         cache.layers,
@@ -51,18 +51,38 @@ def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) 
 
 
 def _table(
-    runs: Runs, offsets: int | ArrayLike, rope: Rope, block_tokens: int
+    runs: Runs, offsets: int | ArrayLike, rope: Rope, g: Geometry
 ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
     """(R, 4): the runs that move, and the row of each in the table of turns, one for each different offset."""
     rows = np.asarray(runs, dtype=np.int64).reshape(-1, 3)
-    by = np.broadcast_to(np.asarray(offsets, dtype=np.int64), len(rows))
+    by = _by_run(offsets, len(rows))
+    _require_within(rows, g)
     rows, by = rows[by != 0], by[by != 0]
-    if len(rows) and (rows[:, 1] + rows[:, 2]).max() > block_tokens:
-        raise LayoutError(f"a run reaches token {(rows[:, 1] + rows[:, 2]).max()} of a block of {block_tokens}")
     _require_disjoint(rows)
     different, which = np.unique(by, return_inverse=True)
     table = np.concatenate([rows, which.reshape(-1, 1)], axis=1)
     return np.ascontiguousarray(table, dtype=np.int32), rope.turns(different)
+
+
+def _by_run(offsets: int | ArrayLike, runs: int) -> Array:
+    given = np.asarray(offsets)
+    if given.size and given.dtype.kind not in "iu":
+        raise LayoutError(f"offsets are whole tokens, not {given.dtype}")
+    if given.shape not in ((), (runs,)):
+        raise LayoutError(f"offsets of shape {given.shape} for {runs} runs", hint="pass one number, or one for each")
+    return np.broadcast_to(given.astype(np.int64), runs)
+
+
+def _require_within(rows: Array, g: Geometry) -> None:
+    """The compiled ops check their memory; the reference would take a negative index for one from the end."""
+    block, token, tokens = rows.T
+    outside = (block < 0) | (block >= g.blocks) | (token < 0) | (tokens < 1) | (token + tokens > g.block_tokens)
+    if outside.any():
+        b, first, count = rows[outside][0].tolist()
+        raise LayoutError(
+            f"a run has tokens [{first}, {first + count}) of block {b}; the cache has {g.blocks} blocks of "
+            f"{g.block_tokens}, and a run at least one token"
+        )
 
 
 def _require_disjoint(rows: Array) -> None:

@@ -182,12 +182,49 @@ def test_configs_of_old_and_of_common_models() -> None:
     np.testing.assert_array_equal(from_config(scaled).frequencies, from_config(config).frequencies)
     legacy = {**old, "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 4.0}}
     np.testing.assert_array_equal(from_config(legacy).frequencies, from_config(config_of("linear")).frequencies)
+    assert from_config({**old, "kv_channels": 64}).pairs == 32
     for names in ({"rotary_pct": 0.25}, {"rotary_dim": 32}, {"partial_rotary_factor": 0.25}):
         assert from_config({**old, **names}).pairs == 16
     yarn = {"rope_type": "yarn", "rope_theta": 1e6}
     by_length = {"head_dim": 128, "max_position_embeddings": 4096, "original_max_position_embeddings": 1024}
     found = from_config({**by_length, "rope_parameters": yarn}).frequencies
     np.testing.assert_array_equal(found, from_config(config_of("yarn")).frequencies)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_yarn", "deepseek_llama_scaling"])
+def test_keys_with_mla_move_behind_their_latent(kind: str) -> None:
+    """In vLLM models with MLA have a YaRN of their own."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    parameters = {**PARAMETERS["yarn"], "rope_type": kind, "factor": 4.0, "beta_fast": 24, "mscale": 0.7}
+    module = get_rope(64, LONGEST, False, parameters, torch.float32)
+    rope = from_config(config_of("yarn", kv_lora_rank=512, qk_rope_head_dim=64, rope_parameters=parameters))
+    with torch.no_grad():
+        np.testing.assert_allclose(rope.frequencies, module._compute_inv_freq(4.0).numpy(), rtol=5e-7)
+
+    raw = torch.randn(16, 64, generator=torch.Generator().manual_seed(2))
+    latent = torch.randn(16, 512, generator=torch.Generator().manual_seed(3))
+    at = {
+        p: module.forward_native(torch.arange(p, p + 16), torch.zeros(16, 1, 64), raw[:, None])[1][:, 0]
+        for p in (7, 3000)
+    }
+    g = vllm_cache("LBHNC", layers=1, blocks=1, heads=1, block_tokens=16, parts=(576,), dtype="float32")
+    cache = Cache.empty(g)
+    rows = cache.data.view(torch.float32).view(16, 576)
+    rows[:] = torch.cat([latent, at[7]], dim=1)
+    rotate_keys(cache, np.array([[0, 0, 16]], dtype=np.int32), 2993, rope)
+    assert torch.equal(rows[:, :512], latent)
+    assert ((rows[:, 512:] - at[3000]).abs() <= 2.0**-11 * pair_lengths(at[3000], interleaved=True, dims=64)).all()
+
+
+def test_what_looks_mixed_but_is_not_is_taken() -> None:
+    for more in (
+        {"no_rope_layers": [1, 1, 1], "no_rope_layer_interval": 4},
+        {"layer_types": ["sliding_attention"] * 3, "sliding_window_pattern": 4},
+        {"sliding_window_pattern": None, "rope_local_base_freq": None, "alibi": False, "use_mem_rope": True},
+        {"position_embedding_type": "rope"},
+    ):
+        assert from_config(config_of("default", **more)).pairs == 64
 
 
 def test_styles() -> None:
@@ -215,6 +252,18 @@ def test_styles() -> None:
         (config_of("default", rope_parameters={"full_attention": {"rope_theta": 1e4}}), "differs by kind of layer"),
         (config_of("default", layer_types=["full_attention", "sliding_attention"]), "layers of several kinds"),
         (config_of("default", no_rope_layers=[1, 1, 0]), "some layers have no rotary embedding"),
+        (config_of("default", no_rope_layers=[]), "no_rope_layers is empty"),
+        (config_of("default", no_rope_layer_interval=4), "no_rope_layers is empty"),
+        (config_of("default", use_rope_layers=[True, False]), r"use_rope_layers"),
+        (config_of("default", sliding_window_pattern=6), "sliding_window_pattern"),
+        (config_of("default", rope_local_base_freq=1e4), "rope_local_base_freq"),
+        (config_of("default", swa_rope_theta=1e4), "swa_rope_theta"),
+        (config_of("default", position_embedding_type="nope"), "position embedding is 'nope'"),
+        (config_of("default", use_mem_rope=False), "no rotary embedding"),
+        (config_of("default", mla_use_nope=True), "no rotary embedding"),
+        (config_of("default", index_topk=2048), "indexer has keys of its own"),
+        (config_of("default", text_config={"head_dim": 64}), "pass its text_config"),
+        (config_of("default", model_type="hunyuan_v1_moe"), "norms keys with weights"),
         (config_of("default", dual_chunk_attention_config={"chunk_size": 8}), "dual chunk"),
         (config_of("default", rope_parameters={}), "no rope_theta"),
         (config_of("default", head_dim=None), "no head_dim"),
