@@ -6,6 +6,7 @@ import json
 
 from lmkv.obs.metrics import TABLE
 from lmkv.router.ledger import AttemptEntry, Ledger
+from lmkv.wire import PROTOCOL
 
 from .conftest import Build
 from .fakes import answers, like_vllm
@@ -24,7 +25,7 @@ async def test_live_ready_version(build: Build) -> None:
         ("decode", True, ""),
     ]
     _, version = await s.get("/version")
-    assert version["version"] and version["protocol"] == 1
+    assert version["version"] and version["protocol"] == PROTOCOL
 
 
 async def test_models_come_from_a_decode_engine(build: Build) -> None:
