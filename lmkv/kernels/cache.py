@@ -9,7 +9,10 @@ import numpy as np
 import torch
 
 from lmkv.errors import LayoutError
-from lmkv.layout import Array, Geometry
+from lmkv.layout import WIDTHS, Array, Geometry, part_maps
+
+TYPES = {name: i for i, name in enumerate(WIDTHS)}
+"""The ops' number of a dtype; csrc/include/lmkv/types.h has the same."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,3 +38,8 @@ class Cache:
     def empty(cls, geometry: Geometry, device: str | torch.device = "cpu") -> Cache:
         """New memory, zeroed."""
         return cls.of(torch.zeros(geometry.span_bytes(), dtype=torch.uint8, device=device), geometry)
+
+
+def map_fields(g: Geometry) -> list[int]:
+    """The index map as the ops take it: the fields of its parts, one after the other."""
+    return [field for part in part_maps(g) for field in part.fields()]

@@ -11,14 +11,11 @@ from numpy.typing import ArrayLike
 
 from lmkv.codec import CODECS, GROUP_TOKENS, LARGEST, NAN, SMALLEST_SCALE, coded_pages, groups
 from lmkv.errors import LayoutError
-from lmkv.layout import WIDTHS, part_maps, window
+from lmkv.layout import window
 
-from .cache import Cache
+from .cache import TYPES, Cache, map_fields
 from .ops import loaded
-from .reference import elements, elements_of, part_map, rounded
-
-_TYPES = {name: i for i, name in enumerate(WIDTHS)}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from .reference import DTYPES, elements, elements_of, part_map, rounded
 
 
 def encode_pages(pages: Cache, coded: Cache, codec: str, moves: ArrayLike | None = None) -> None:
@@ -58,15 +55,11 @@ def _arguments(
             raise LayoutError(f"a {side} is named twice in {column.tolist()}")
         if len(column) and not 0 <= column.min() <= column.max() < blocks:
             raise LayoutError(f"a {side} of {column.tolist()} is none of the {blocks} there are")
-    page_side = [pages.data, pages.layers[w.source_layer : w.source_layer + w.layers], _fields(pages)]
-    coded_side = [coded.data, coded.layers[w.target_layer : w.target_layer + w.layers], _fields(coded)]
+    page_side = [pages.data, pages.layers[w.source_layer : w.source_layer + w.layers], map_fields(pages.geometry)]
+    coded_side = [coded.data, coded.layers[w.target_layer : w.target_layer + w.layers], map_fields(coded.geometry)]
     dims = [*g.parts, 0][:2]
     shape = [len(g.parts), *dims, w.heads, w.source_head, w.target_head, g.block_tokens]
-    return page_side, coded_side, [torch.from_numpy(table), shape, _TYPES[g.dtype], CODECS.index(codec)]
-
-
-def _fields(cache: Cache) -> list[int]:
-    return [field for part in part_maps(cache.geometry) for field in part.fields()]
+    return page_side, coded_side, [torch.from_numpy(table), shape, TYPES[g.dtype], CODECS.index(codec)]
 
 
 def encode_reference(
@@ -86,7 +79,7 @@ def encode_reference(
     for at, area, page_layer, coded_layer in _areas(
         pages, page_layers, page_map, coded_layers, coded_map, moves, shape
     ):
-        values = elements_of(pages, page_layer, _DTYPES[dtype])[at].float()
+        values = elements_of(pages, page_layer, DTYPES[dtype])[at].float()
         finite = values.isfinite()
         values = torch.where(finite, values, 0.0)
         largest = torch.stack([rows.abs().amax(dim=(0, 2)) for rows in values.split(GROUP_TOKENS)])  # (groups, heads)
@@ -120,7 +113,7 @@ def decode_reference(
         codes = flat[:, : tokens * dims].reshape(heads, tokens, dims).transpose(0, 1)
         scales = flat[:, tokens * dims :].contiguous().view(torch.float32).T
         values = _values(codes, CODECS[code]) * _by_token(scales, tokens)
-        cache = elements_of(pages, page_layer, _DTYPES[dtype])
+        cache = elements_of(pages, page_layer, DTYPES[dtype])
         cache[at] = rounded(values, cache.dtype)
 
 

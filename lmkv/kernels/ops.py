@@ -14,12 +14,10 @@ import torch
 
 from lmkv import layout
 from lmkv.errors import LayoutError
-from lmkv.layout import WIDTHS, Geometry, Segments, Window
+from lmkv.layout import Geometry, Segments, Window
 
 from . import _load, reference
-from .cache import Cache
-
-_TYPES = {name: i for i, name in enumerate(WIDTHS)}
+from .cache import TYPES, Cache, map_fields
 
 _load.declare()
 loaded: dict[str, Path] = _load.load()
@@ -66,7 +64,7 @@ class _Call:
         self.source_layers = source.layers[w.source_layer : w.source_layer + w.layers]
         self.target_layers = target.layers[w.target_layer : w.target_layer + w.layers]
         self.segments = torch.from_numpy(np.ascontiguousarray(segments, dtype=np.int32).reshape(-1, 5))
-        self.types = (_TYPES[source.geometry.dtype], _TYPES[target.geometry.dtype])
+        self.types = (TYPES[source.geometry.dtype], TYPES[target.geometry.dtype])
 
     def shape(self, parts: tuple[int, ...]) -> list[int]:
         dims = [*parts, 0] if len(parts) == 1 else list(parts)
@@ -87,10 +85,10 @@ def _with_sums(
     op(
         source.data,
         call.source_layers,
-        _fields(source.geometry),
+        map_fields(source.geometry),
         target.data,
         call.target_layers,
-        _fields(target.geometry),
+        map_fields(target.geometry),
         sums,
         call.segments,
         call.shape(g.parts),
@@ -98,10 +96,6 @@ def _with_sums(
         *call.types,
     )
     return sums
-
-
-def _fields(g: Geometry) -> list[int]:
-    return [field for part in layout.part_maps(g) for field in part.fields()]
 
 
 def _widest(source: Geometry, target: Geometry, segments: Segments) -> tuple[tuple[int, ...], list[int], list[int]]:
@@ -119,4 +113,4 @@ def _widest(source: Geometry, target: Geometry, segments: Segments) -> tuple[tup
     if same and whole:
         maps = [layout.PartMap(0, g.strides[1], g.strides[2], n1=c) for g in (source, target)]
         return (c,), list(maps[0].fields()), list(maps[1].fields())
-    return source.parts, _fields(source), _fields(target)
+    return source.parts, map_fields(source), map_fields(target)

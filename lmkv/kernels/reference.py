@@ -13,7 +13,7 @@ import torch
 from lmkv.layout import PartMap
 from lmkv.oracle import WORD_KEY, WORD_PRIME
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.uint8, torch.uint8)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.uint8, torch.uint8, torch.uint8)
 """By type index; what is not a float is copied as bytes."""
 _FIELDS = 9
 
@@ -40,7 +40,7 @@ def convert_blocks(
 ) -> None:
     parts, *dims = shape[:3]
     heads = torch.arange(shape[3], device=source.device)
-    from_type, to_type = _DTYPES[source_type], _DTYPES[target_type]
+    from_type, to_type = DTYPES[source_type], DTYPES[target_type]
     block_s, token_s, block_t, token_t = _tokens(segments.to(source.device))
     for part in range(parts):
         d = torch.arange(dims[part], device=source.device)
@@ -80,7 +80,7 @@ def pack_pages(*call: Any) -> None:
     convert_blocks(*(*call[:6], segments, shape, *call[10:]))
     blocks, tokens = _tokens(segments.to(source.device))[2:]
     pages, layers, fields = call[3:6]
-    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[5], page, _DTYPES[target_type])
+    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[5], page, DTYPES[target_type])
 
 
 def unpack_pages(*call: Any) -> None:
@@ -89,7 +89,7 @@ def unpack_pages(*call: Any) -> None:
     convert_blocks(*(*call[:6], segments, shape, *call[10:]))
     blocks, tokens = _tokens(segments.to(source.device))[:2]
     pages, layers, fields = call[:3]
-    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[4], page, _DTYPES[source_type])
+    _add_sums(pages, layers, fields, sums, blocks, tokens, shape, shape[4], page, DTYPES[source_type])
 
 
 def part_map(fields: Sequence[int], part: int) -> PartMap:

@@ -9,18 +9,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from lmkv.errors import LayoutError
-from lmkv.layout import FLOATS, WIDTHS, Array, Geometry, part_maps
+from lmkv.layout import FLOATS, Array, Geometry, part_maps
 from lmkv.rope import Rope
 
-from .cache import Cache
+from .cache import TYPES, Cache
 from .ops import loaded
-from .reference import elements, elements_of, part_map, rounded
+from .reference import DTYPES, elements, elements_of, part_map, rounded
 
 Runs = NDArray[np.int32]
 """(R, 3): block, first token in it, number of tokens. Columns 2 to 4 of lmkv.layout.Segments are runs of the target."""
-
-_TYPES = {name: i for i, name in enumerate(WIDTHS)}
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) -> None:
@@ -46,7 +43,7 @@ def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) 
         torch.from_numpy(table),
         torch.from_numpy(turns).to(cache.data.device, non_blocking=True),
         [g.heads, rope.first, rope.pairs, int(rope.interleaved)],
-        _TYPES[g.dtype],
+        TYPES[g.dtype],
     )
 
 
@@ -117,7 +114,7 @@ def reference(
     head = torch.arange(heads, device=keys.device)
     at_a, at_b = (elements(part_map(fields, 0), blocks, head, tokens, d) for d in dims)
     for offset in layers.tolist():
-        cache = elements_of(keys, offset, _DTYPES[dtype])
+        cache = elements_of(keys, offset, DTYPES[dtype])
         a, b = cache[at_a].float(), cache[at_b].float()
         cache[at_a] = rounded(a * cosines - b * sines, cache.dtype)
         cache[at_b] = rounded(b * cosines + a * sines, cache.dtype)

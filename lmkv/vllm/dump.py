@@ -35,8 +35,7 @@ def dump_page(
     """Tokens [lo, hi) of one group as one page. `block_ids`: manager blocks from that of `first_token` on."""
     g = found.geometries[group]
     lo, hi = tokens
-    storage = found.storages[group]
-    layers = [card.address - storage.data_ptr() for card in found.layers if card.group == group]
+    storage, layers = found.storages[group], found.layer_offsets(group)
     page = canonical_pages(g, page_tokens=hi - lo, heads=(g.first_head, g.first_head + g.heads))
     source, target = Cache.of(storage, g, layers), Cache.empty(page, storage.device)
     ids = kernel_ids(block_ids, found.block_tokens[group] // g.block_tokens)

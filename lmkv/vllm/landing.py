@@ -118,12 +118,12 @@ class LandingSlots:
     def _convert(self, spec: ExpectSpec, source: Cache, rect: Rect, share: Share) -> None:
         group, found = rect.group, self._found
         whole = found.geometries[group]
-        layers = [card.address for card in found.layers if card.group == group][rect.layer_lo : rect.layer_hi]
+        layers = found.layer_offsets(group)[rect.layer_lo : rect.layer_hi]
         target_geometry = msgspec.structs.replace(
             whole, layers=len(layers), first_layer=rect.layer_lo, total_layers=whole.model_layers
         )
         storage = found.storages[group]
-        target = Cache.of(storage, target_geometry, [address - storage.data_ptr() for address in layers])
+        target = Cache.of(storage, target_geometry, layers)
         theirs, ours = share.kernel_blocks * share.geometry.block_tokens, found.block_tokens[group]
         blocks = spec.blocks[group]
         lo = max(spec.tokens[0], rect.block_lo * theirs, blocks.lo * ours)

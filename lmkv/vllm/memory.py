@@ -96,6 +96,11 @@ class KvMemory:
             slots.slot_bytes if slots else 0,
         )
 
+    def layer_offsets(self, group: int) -> list[int]:
+        """Where each layer of a group begins in its storage, bytes."""
+        base = self.storages[group].data_ptr()
+        return [card.address - base for card in self.layers if card.group == group]
+
     def map(self) -> KvMap:
         """Our own layers for the planner."""
         return KvMap.from_card(self.card(Rank(0), "", "", b""))
