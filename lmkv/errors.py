@@ -13,6 +13,7 @@
     │   └── StateError               T406  the call does not fit the object's state (double release, closed, …)
     ├── LayoutError              LMKV-L7xx  a KV layout cannot exist, or cannot be converted
     ├── TransferError            LMKV-X5xx  one transfer went wrong; the request is computed instead
+    ├── PoolError                LMKV-P8xx  the shared cache pool; a miss, or a question that was not answered
     └── RouterError              LMKV-R6xx  no engine could serve a request
 
 Form of a message: what happened · with which values · what to do (`hint`). A foreign exception is turned into one of
@@ -96,3 +97,7 @@ class TransferError(LmkvError):
 
 class RouterError(LmkvError):
     code = "LMKV-R600"
+
+
+class PoolError(LmkvError):
+    code = "LMKV-P800"

@@ -101,7 +101,7 @@ install_lmkv() {
   # Not isolated: the kernels are compiled against the torch that is here.
   must "installing build tools" pip install 'scikit-build-core>=0.11' cmake ninja
   must "compiling and installing lmkv with its tools" pip install --constraint "$venv/lmkv-constraints.txt" \
-    --no-build-isolation --config-settings "cmake.define.LMKV_CUDA=$cuda" --editable '.[dev,model]'
+    --no-build-isolation --config-settings "cmake.define.LMKV_CUDA=$cuda" --editable '.[dev,model,pool]'
 }
 
 check_it_runs() {

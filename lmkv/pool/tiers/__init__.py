@@ -1,0 +1,1 @@
+"""What lies below the arena: disk and object store."""

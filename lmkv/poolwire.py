@@ -1,0 +1,446 @@
+"""Every message of the shared cache pool: to and from pool nodes and controllers, as msgspec Structs; no pickle.
+
+A node and a controller each bind a ROUTER. Whoever asks connects a DEALER and gets its answers there, with the token of
+the question; answers may come late, twice or in any order. Messages without a token are one-way. Events travel on a PUB
+socket of their own, one frame each.
+
+**Keys.** A *page key* is chunk key ‖ group, 17 bytes; with the namespace's 16 bytes before it, it is an *object key* of
+33 bytes (`lmkv.hashing`). Many of them travel as one bytes object, one after the other.
+
+Growth: as in `lmkv.wire`.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from .errors import WireError
+from .ids import Incarnation, Rank
+from .wire import PROTOCOL
+
+NAMESPACE_BYTES = 16
+PAGE_KEY_BYTES = 17
+OBJECT_KEY_BYTES = NAMESPACE_BYTES + PAGE_KEY_BYTES
+EVENT_BYTES = OBJECT_KEY_BYTES + 1
+"""Object key and the tiers that hold it from now on (a mask of Tier; 0: gone)."""
+
+
+class Tier(enum.IntFlag):
+    """Where a page lies at its node."""
+
+    DRAM = 1
+    DISK = 2
+    OBJECT = 4
+
+
+class Ack(enum.IntEnum):
+    """What a store was promised, in rising order."""
+
+    VOLATILE = 0
+    """In one node's memory."""
+    REPLICATED = 1
+    """In the memory of as many nodes as the node is set to."""
+    DURABLE = 2
+    """On disk or in the object store, synced."""
+
+
+class Refusal(enum.IntEnum):
+    """Why there is no slot, no page, or no commit. Each has a counter of this name."""
+
+    NONE = 0
+    EXISTS = 1
+    """The page is there already."""
+    BUSY = 2
+    """Another writer has it reserved."""
+    FULL = 3
+    """No memory that could be freed."""
+    STALE = 4
+    """The generation is not the slot's any more: too late."""
+    UNKNOWN = 5
+    """Nothing is known under that key, or the shard is not one of the page's."""
+    DRAINING = 6
+    """The node takes nothing new."""
+    ABSENT = 7
+    """Not in the pool."""
+    CORRUPT = 8
+    """The checksum of what a tier has is wrong; it was thrown away."""
+
+
+class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
+    """Array-encoded, tagged by class name."""
+
+
+class NodeCard(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """One pool node. Its arena is `arena_bytes` at `arena_address`, registered with its data plane."""
+
+    name: str
+    incarnation: Incarnation
+    address: str
+    """Of its ROUTER."""
+    events: str
+    """Of its PUB."""
+    scheme: str
+    export: bytes
+    """Its data plane's; empty: none, the arena can only be mapped."""
+    arena_address: int
+    arena_bytes: int
+    share: str = ""
+    """A Unix socket that gives away the arena's file descriptor, for processes of the same host."""
+    host: str = ""
+    """Tells hosts apart (the kernel's boot id)."""
+    protocol: int = PROTOCOL
+
+
+# --- a client of a node ---
+
+
+class PoolHello(_Message, frozen=True):
+    """First message of a client: who it is, and how the node may write to it (`export` empty: it maps the arena, or
+    only asks). `namespaces` are those it will speak of, with their descriptions (JSON)."""
+
+    token: int
+    incarnation: Incarnation
+    rank: Rank
+    name: str
+    export: bytes = b""
+    scratch_address: int = 0
+    scratch_bytes: int = 0
+    namespaces: tuple[tuple[bytes, str], ...] = ()
+    protocol: int = PROTOCOL
+
+
+class PoolWelcome(_Message, frozen=True):
+    """`refused` is empty, or says why the node does not serve this client."""
+
+    token: int
+    card: NodeCard
+    refused: str = ""
+
+
+class Declare(_Message, frozen=True):
+    """A further namespace and its description. One-way."""
+
+    namespace: bytes
+    description: str
+
+
+class PoolBeat(_Message, frozen=True):
+    """Client to node, one-way: alive; renews the leases of its reservations and pins."""
+
+    incarnation: Incarnation
+    rank: Rank
+
+
+class Reserve(_Message, frozen=True):
+    """Slots for pages of `page_bytes`, to be written in `shards` shares; the sender writes share `shard`. All ranks of
+    one writer (incarnation) get the same slots. Nothing is visible before every share is committed."""
+
+    token: int
+    incarnation: Incarnation
+    rank: Rank
+    namespace: bytes
+    keys: bytes
+    page_bytes: int
+    shards: int
+    shard: int
+
+
+class Slot(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """Where a page is, in the arena; `refusal` other than NONE: nowhere."""
+
+    offset: int
+    generation: int
+    refusal: Refusal = Refusal.NONE
+
+
+class Reserved(_Message, frozen=True):
+    """By key. `lease_s`: start no write later than this after the question was sent."""
+
+    token: int
+    slots: tuple[Slot, ...]
+    lease_s: float
+
+
+class Commit(_Message, frozen=True):
+    """Share `shard` of these pages is written, all of it. `checksums`: by key, the shares' parts in order (see
+    `PagePart`). Answered by Committed, at once or when `ack` is reached (at the latest after `wait_s`)."""
+
+    token: int
+    incarnation: Incarnation
+    rank: Rank
+    namespace: bytes
+    keys: bytes
+    generations: tuple[int, ...]
+    shard: int
+    checksums: tuple[tuple[int, ...], ...]
+    ack: Ack = Ack.VOLATILE
+    wait_s: float = 0.0
+
+
+class Committed(_Message, frozen=True):
+    """By key: NONE or why not. `reached`: what all of those committed have reached."""
+
+    token: int
+    refusals: tuple[Refusal, ...]
+    reached: Ack = Ack.VOLATILE
+
+
+class Abandon(_Message, frozen=True):
+    """One-way: these slots will not be committed. `drained`: nothing of the sender's can land there any more;
+    otherwise they stay in quarantine until that is proved."""
+
+    incarnation: Incarnation
+    rank: Rank
+    namespace: bytes
+    keys: bytes
+    generations: tuple[int, ...]
+    drained: bool
+
+
+class Pin(_Message, frozen=True):
+    """The longest run of these pages, from the first on, held in place for `lease_s`. Pages of lower tiers are brought
+    up first, for at most `wait_s`; what is not up by then ends the run."""
+
+    token: int
+    incarnation: Incarnation
+    rank: Rank
+    namespace: bytes
+    keys: bytes
+    lease_s: float
+    wait_s: float = 0.0
+
+
+class Page(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A pinned page. `checksums`: of its parts in order, all shards together; their number divides the heads."""
+
+    offset: int
+    generation: int
+    checksums: tuple[int, ...]
+    tier: Tier = Tier.DRAM
+    """Where it was found."""
+
+
+class Pinned(_Message, frozen=True):
+    """`lease` names the pin. `why`: what ended the run before the last key."""
+
+    token: int
+    lease: int
+    lease_s: float
+    page_bytes: int
+    pages: tuple[Page, ...]
+    why: Refusal = Refusal.NONE
+
+
+class Unpin(_Message, frozen=True):
+    """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node looks itself, and
+    throws away what is wrong."""
+
+    lease: int
+    namespace: bytes = b""
+    corrupt: bytes = b""
+
+
+class Touch(_Message, frozen=True):
+    """One-way: these were used (from another copy); they are worth keeping."""
+
+    namespace: bytes
+    keys: bytes
+
+
+class Drop(_Message, frozen=True):
+    """Forget these pages in all tiers; without keys the whole namespace, without a namespace everything."""
+
+    token: int
+    namespace: bytes = b""
+    keys: bytes = b""
+
+
+class Dropped(_Message, frozen=True):
+    token: int
+    pages: int
+
+
+class Drain(_Message, frozen=True):
+    """Take nothing new, write everything that only memory holds to the lower tiers; `stop`: then end."""
+
+    token: int
+    stop: bool = False
+
+
+class Drained(_Message, frozen=True):
+    """`volatile`: pages that no lower tier would take, still in memory only."""
+
+    token: int
+    volatile: int
+
+
+class ListKeys(_Message, frozen=True):
+    """Up to `limit` object keys behind `after`, in byte order."""
+
+    token: int
+    namespace: bytes
+    after: bytes
+    limit: int
+
+
+class Keys(_Message, frozen=True):
+    """`records` are EVENT_BYTES each: object key and tiers."""
+
+    token: int
+    records: bytes
+    more: bool
+
+
+class Replicate(_Message, frozen=True):
+    """To a node: copy these pages from the node with that card. One-way."""
+
+    source: NodeCard
+    namespace: bytes
+    keys: bytes
+
+
+class Stats(_Message, frozen=True):
+    token: int
+
+
+class StatsAre(_Message, frozen=True):
+    """JSON: capacities, occupancy, counters, namespaces with their descriptions."""
+
+    token: int
+    card: NodeCard
+    stats: bytes
+
+
+class Snapshot(_Message, frozen=True):
+    """What a node holds, part by part: `cursor` b"" first, then what the part before said."""
+
+    token: int
+    cursor: bytes
+
+
+class SnapshotPart(_Message, frozen=True):
+    """`records` (EVENT_BYTES each) as they were after event `seq`. `cursor` is b"" with the last part.
+
+    Events are states, so a reader that keeps every event after the first part's `seq` and applies them after the last
+    part is exact.
+    """
+
+    token: int
+    incarnation: Incarnation
+    seq: int
+    records: bytes
+    cursor: bytes
+
+
+class Events(_Message, frozen=True):
+    """On PUB: events `first`, `first` + 1, … of this incarnation, numbered from 1; `records` as in SnapshotPart.
+    `cleared`: before them, everything of this node is gone (that is event `first` - 1). Without records it is a sign of
+    life: `first` is the next event's number."""
+
+    incarnation: Incarnation
+    first: int
+    records: bytes
+    cleared: bool = False
+
+
+# --- controllers ---
+
+
+class NodeBeat(_Message, frozen=True):
+    """Node to controller, one-way, every beat: here I am."""
+
+    card: NodeCard
+    seq: int
+    """Of its last event."""
+    pages: int
+    used_bytes: int
+    capacity_bytes: int
+    draining: bool = False
+    leaving: bool = False
+    """An orderly end: the last beat."""
+
+
+class Members(_Message, frozen=True):
+    token: int
+
+
+class Member(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A node as a controller sees it. `state`: EXACT, CATCHING_UP or DEGRADED."""
+
+    card: NodeCard
+    state: str
+    heard_s: float
+    """Seconds since its last beat."""
+    pages: int
+    used_bytes: int
+    capacity_bytes: int
+    draining: bool
+
+
+class MembersAre(_Message, frozen=True):
+    token: int
+    name: str
+    nodes: tuple[Member, ...]
+
+
+class Lookup(_Message, frozen=True):
+    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out."""
+
+    token: int
+    namespace: bytes
+    keys: bytes
+    least: int = 1
+
+
+class Holder(msgspec.Struct, frozen=True, gc=False, array_like=True):
+    """A node that holds some of them: for each key a byte, its tiers there (0: not there)."""
+
+    incarnation: Incarnation
+    address: str
+    tiers: bytes
+
+
+class Found(_Message, frozen=True):
+    """`exact`: every member's state was EXACT, so an absence is one."""
+
+    token: int
+    holders: tuple[Holder, ...]
+    exact: bool
+
+
+class Unreadable(_Message, frozen=True):
+    """The answer to a question that the receiver does not take."""
+
+    token: int
+    error: str
+
+
+PoolMessage = (
+    PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin | Pinned
+    | Unpin | Touch | Drop | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Stats | StatsAre | Snapshot
+    | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[PoolMessage] = msgspec.msgpack.Decoder(PoolMessage)
+
+
+def encode(message: PoolMessage) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode(payload: bytes) -> PoolMessage:
+    """Raises WireError."""
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
+        raise WireError(f"a message of {len(payload)} bytes cannot be read: {error}", code="LMKV-W201") from error
+
+
+def split_keys(keys: bytes, size: int = PAGE_KEY_BYTES) -> list[bytes]:
+    """Raises WireError for bytes that are not a whole number of keys."""
+    if len(keys) % size:
+        raise WireError(f"{len(keys)} bytes are no whole number of keys of {size} bytes")
+    return [keys[i : i + size] for i in range(0, len(keys), size)]
