@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from .doctor import doctor
+from .pool import pool
 from .router import router
 from .version import version
 
@@ -16,6 +17,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
 )
 main.command()(router)
+main.command()(pool)
 main.command()(doctor)
 main.command()(version)
 

@@ -1,7 +1,7 @@
 """Named points at which a test may kill the process; nothing happens at them otherwise.
 
-`LMKV_POOL_KILL_AT=name:n` in the environment of a node kills it (SIGKILL) when it comes to the point `name` for the n-th
-time. `POINTS` lists them all, so that a test can visit each.
+`LMKV_POOL_KILL_AT=name:n` in the environment of a node kills it (SIGKILL) when it comes to the point `name` for the
+n-th time. `POINTS` lists them all, so that a test can visit each.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _left = 0
 
 def arm(setting: str) -> None:
     """`name:n`, or "" for nothing. Raises ConfigError for what is no point."""
-    global _armed, _left  # noqa: PLW0603
+    global _armed, _left
     name, _, count = setting.rpartition(":")
     if setting and (name not in POINTS or not count.isdigit() or int(count) < 1):
         raise ConfigError(f"{VARIABLE}={setting!r} is not POINT:COUNT", hint=f"points: {', '.join(POINTS)}")
@@ -50,7 +50,7 @@ def arm(setting: str) -> None:
 
 def point(name: str) -> None:
     """Here. Any thread."""
-    global _left  # noqa: PLW0603
+    global _left
     if name != _armed:
         return
     _left -= 1

@@ -29,8 +29,8 @@ class CorruptError(TierError):
 
 @dataclass(frozen=True, slots=True)
 class PageMeta:
-    """`checksums` as in `lmkv.poolwire.Page`: the page's own, made by who computed it. The tier adds its own over what it
-    stores (header included), and checks that at each `get`."""
+    """`checksums` as in `lmkv.poolwire.Page`: the page's own, made by who computed it. The tier adds its own over what
+    it stores (header included), and checks that at each `get`."""
 
     page_bytes: int
     checksums: tuple[int, ...]

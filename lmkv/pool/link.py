@@ -1,0 +1,108 @@
+"""Questions to one pool node or controller: a DEALER, tokens, deadlines, callbacks. One thread owns a link."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import zmq
+
+from lmkv import poolwire as pw
+from lmkv.control.mailbox import split_address
+from lmkv.errors import WireError
+
+logger = logging.getLogger(__name__)
+
+A = TypeVar("A", bound=pw.PoolMessage)
+
+
+@dataclass(slots=True)
+class _Open:
+    kind: type[pw.PoolMessage]
+    done: Callable[[pw.PoolMessage | None], None]
+    until_s: float
+
+
+class Link:
+    """`fd` is readable when `receive` may have something to do; call that at least until `next_s` is over as well."""
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+        split_address(address)
+        self.address = address
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 100)
+        self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.SNDHWM, 4096)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        self._socket.connect(address)
+        self._open: dict[int, _Open] = {}
+        self._next_token = 1
+        self.unreadable = 0
+
+    @property
+    def fd(self) -> int:
+        return int(self._socket.fileno())
+
+    def ask(
+        self,
+        question: Callable[[int], pw.PoolMessage],
+        kind: type[A],
+        done: Callable[[A | None], None],
+        until_s: float,
+    ) -> None:
+        """`question(token)` makes the message. `done` gets the answer, or None: refused, lost, or late."""
+        token, self._next_token = self._next_token, self._next_token + 1
+        self._open[token] = _Open(kind, done, until_s)  # type: ignore[arg-type]
+        if not self.tell(question(token)):
+            self._open[token].until_s = 0.0
+
+    def tell(self, message: pw.PoolMessage) -> bool:
+        """One-way. False: the queue is full."""
+        try:
+            self._socket.send(pw.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
+
+    def receive(self, now_s: float) -> None:
+        """Give out what has come, and give up what is late."""
+        while True:
+            try:
+                payload = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            self._take(payload)
+        for token in [token for token, question in self._open.items() if now_s > question.until_s]:
+            self._open.pop(token).done(None)
+
+    def _take(self, payload: bytes) -> None:
+        try:
+            message = pw.decode(payload)
+        except WireError as error:
+            self.unreadable += 1
+            logger.warning("an answer of %s was dropped: %s", self.address, error)
+            return
+        question = self._open.pop(getattr(message, "token", 0), None)
+        if question is None:
+            return  # late
+        if isinstance(message, pw.Unreadable):
+            logger.warning("%s refuses a question: %s", self.address, message.error)
+            question.done(None)
+        elif isinstance(message, question.kind):
+            question.done(message)
+        else:
+            logger.warning("%s answers with %s", self.address, type(message).__name__)
+            question.done(None)
+
+    def next_s(self, now_s: float) -> float:
+        return min((question.until_s - now_s for question in self._open.values()), default=3600.0)
+
+    def close(self) -> None:
+        """Open questions are answered with None."""
+        self._socket.close()
+        waiting, self._open = list(self._open.values()), {}
+        for question in waiting:
+            question.done(None)
