@@ -7,15 +7,24 @@ an error.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import ConfigError
 
-_OTHER_VARIABLES = ("LMKV_ROUTER_", "LMKV_SETUP", "LMKV_VENV", "LMKV_MODELS", "LMKV_CORES", "LMKV_READY_FILE")
+_OTHER_VARIABLES = (
+    "LMKV_ROUTER_",
+    "LMKV_POOL_CAPACITY",
+    "LMKV_SETUP",
+    "LMKV_VENV",
+    "LMKV_MODELS",
+    "LMKV_CORES",
+    "LMKV_READY_FILE",
+)
 
 
 class ConnectorSettings(BaseSettings):
@@ -52,8 +61,39 @@ class ConnectorSettings(BaseSettings):
     )
     checksum: bool = Field(True, description="checksum every write of host memory and verify it on arrival")
     min_remote_tokens: int = Field(16, ge=1, description="fewer missing tokens than this are computed by decode itself")
+    pool: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="control addresses of pool nodes to use, tcp://HOST:PORT; the host's own is found among them"
+    )
+    controller: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="controllers that tell of pool nodes and are asked who holds what"
+    )
+    tenant: str = Field("", description="engines share pool pages only with those of the same tenant")
+    chunk_tokens: int = Field(128, ge=16, description="tokens of a pool page; engines share only with the same")
+    pool_load: bool = Field(True, description="load KV from the pool")
+    pool_store: bool = Field(True, description="store KV to the pool")
+    lookup_ms: float = Field(2.0, gt=0, description="a lookup that takes longer is a miss")
+    promote_s: float = Field(1.0, ge=0, description="a request waits this long for pages of a node's lower tiers")
+    load_s: float = Field(10.0, gt=0, description="a load that takes longer is cut; the rest is computed")
+    min_pool_tokens: int = Field(64, ge=1, description="fewer tokens than this are not loaded from the pool")
+    staging_bytes: int = Field(
+        64 << 20, ge=1 << 20, description="memory for pages on their way from and to other hosts"
+    )
+    store_drain_s: float = Field(10.0, ge=0, description="an engine that ends waits this long for its stores")
+    on_reset: Literal["new_epoch", "keep"] = Field(
+        "new_epoch",
+        description="after a reset of the external cache, or a sleep, the weights may be others: new_epoch shares no "
+        "more KV with other engines, keep says that they are the same",
+    )
     debug_dump_dir: str = Field("", description="write the KV bytes of every transfer here, on both sides (tests)")
     log_level: Literal["debug", "info", "warning"] = "info"
+
+    @field_validator("pool", "controller", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = json.loads(value) if value.startswith("[") else value.split(",")
+            return tuple(part.strip() for part in value if part.strip())
+        return value
 
     @classmethod
     def settings_customise_sources(

@@ -127,6 +127,7 @@ class Chain:
     ) -> None:
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens is {chunk_tokens}", hint="give a number from 1 up")
+        self.namespace = namespace
         self.chunk_tokens = chunk_tokens
         self.keys: list[bytes] = []
         """Of the full chunks so far."""

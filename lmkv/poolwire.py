@@ -223,7 +223,8 @@ class Page(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
 
 class Pinned(_Message, frozen=True):
-    """`lease` names the pin. `why`: what ended the run before the last key."""
+    """`lease` names the pin. `why`: what ended the run before the last key. `below`: so many pages right behind the run
+    are in lower tiers, and would be up after about `below_s` (ask again, with that as `wait_s`)."""
 
     token: int
     lease: int
@@ -231,6 +232,8 @@ class Pinned(_Message, frozen=True):
     page_bytes: int
     pages: tuple[Page, ...]
     why: Refusal = Refusal.NONE
+    below: int = 0
+    below_s: float = 0.0
 
 
 class Unpin(_Message, frozen=True):

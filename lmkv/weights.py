@@ -93,6 +93,19 @@ def identity(path: Path) -> str:
     return f"{s.st_dev}-{s.st_ino}-{s.st_size}-{s.st_mtime_ns}-{s.st_ctime_ns}"
 
 
+def newest_s(model: Path) -> float:
+    """When a file of the model was last changed or replaced, seconds since the epoch. Raises OSError."""
+    files = list(model.iterdir()) if model.is_dir() else [model]
+    return max((file.stat().st_ctime for file in files), default=0.0)
+
+
+def process_start_s() -> float:
+    """When this process began, seconds since the epoch: what was on disk before is what it has loaded."""
+    ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    boot = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime "))
+    return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+
+
 def default_cache(environ: Mapping[str, str]) -> Path:
     """Where this user's caches are."""
     return Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmkv" / "weights"

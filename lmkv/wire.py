@@ -138,6 +138,24 @@ class Dismiss(_Message, frozen=True, tag=True):
     dead: bool
 
 
+class PoolName(_Message, frozen=True, tag=True):
+    """Engine to its own workers: the name of this engine's KV in the pool, and of the engine. Sent once the weights are
+    known, and again when the name changes."""
+
+    incarnation: Incarnation
+    address: str
+    """Of the engine, which wants to hear of nodes (PoolNodes)."""
+    description: str
+    """Of the namespace (lmkv.hashing.Manifest)."""
+
+
+class PoolNodes(_Message, frozen=True, tag=True):
+    """Worker to its own engine: the pool nodes that this rank can load from, and whether it maps their arenas."""
+
+    rank: Rank
+    nodes: tuple[tuple[Incarnation, bool], ...]
+
+
 # --- control plane: liveness ---
 
 
@@ -191,6 +209,13 @@ class NotNeeded(_Message, frozen=True, tag=True):
     incarnation: Incarnation
     transfer_id: TransferId
     reason: str
+
+
+class Parked(_Message, frozen=True, tag=True):
+    """Prefill engine to decode engine: nobody asked for this KV in time; what is whole of it is in the pool."""
+
+    incarnation: Incarnation
+    transfer_id: TransferId
 
 
 class Cancel(_Message, frozen=True, tag=True):
@@ -255,8 +280,8 @@ class Explained(_Message, frozen=True, tag=True):
 
 
 Control = (
-    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | Beat
-    | Grant | Credit | NotNeeded | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | PoolName | PoolNodes | Beat
+    | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
 )  # fmt: skip
 
 

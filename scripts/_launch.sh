@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by launch_prefill.sh, launch_decode.sh and launch_plain.sh: one way to start, warm and end a vLLM engine.
+# Sourced by launch_prefill.sh, launch_decode.sh, launch_engine.sh and launch_plain.sh: one way to start, warm and end a vLLM engine.
 #
 # The engine runs in a session of its own. SIGTERM, SIGINT or SIGHUP to the script ends the engine and everything it
 # started; if the script itself is killed, the kernel ends the engine (parent-death signal). A second signal kills.
@@ -31,6 +31,8 @@ lmkv_usage() {
   printf 'Usage: %s [options] [vLLM options]\n\n' "$lmkv_me"
   if [[ $role == plain ]]; then
     printf 'Starts a vLLM engine without lmkv, for comparisons.\n\n'
+  elif [[ $role == engine ]]; then
+    printf 'Starts a vLLM engine with the lmkv connector, that computes and decodes, and shares KV through the pool.\n\n'
   else
     printf 'Starts a vLLM %s engine with the lmkv connector.\n\n' "$role"
   fi
@@ -44,6 +46,8 @@ END
   --name NAME          name in logs and ledgers      (default: $role-PORT)
   --lmkv-listen URL    control address, tcp://H:P    (default: tcp://HOST:PORT+10000)
   --lmkv-transport URL data plane                    (default: nixl://)
+  --pool ADDRESS       pool node, tcp://HOST:PORT; repeatable
+  --controller ADDRESS controller, tcp://HOST:PORT; repeatable
 END
   fi
   cat <<END
@@ -65,12 +69,12 @@ lmkv_parse() {
         lmkv_usage "$role" "$port"
         exit 0
         ;;
-      --model | --host | --port | --name | --lmkv-listen | --lmkv-transport)
+      --model | --host | --port | --name | --lmkv-listen | --lmkv-transport | --pool | --controller)
         (($# >= 2)) || lmkv_fail "$option needs a value · see --help" 2
         value=$2
         shift 2
         ;;
-      --model=* | --host=* | --port=* | --name=* | --lmkv-listen=* | --lmkv-transport=*)
+      --model=* | --host=* | --port=* | --name=* | --lmkv-listen=* | --lmkv-transport=* | --pool=* | --controller=*)
         value=${option#*=}
         option=${option%%=*}
         shift
@@ -88,6 +92,8 @@ lmkv_parse() {
       --name) name=$value ;;
       --lmkv-listen) listen=$value ;;
       --lmkv-transport) transport=$value ;;
+      --pool) pools+=("$value") ;;
+      --controller) controllers+=("$value") ;;
     esac
   done
 }
@@ -152,12 +158,22 @@ lmkv_engine_command() {
   engine+=("${passed[@]}")
 }
 
+lmkv_join() {
+  local IFS=,
+  printf '%s' "$*"
+}
+
 lmkv_connector() {
-  local kv_role=kv_producer
-  [[ $role == prefill ]] || kv_role=kv_consumer
+  local kv_role=kv_both
+  [[ $role != prefill ]] || kv_role=kv_producer
+  [[ $role != decode ]] || kv_role=kv_consumer
   printf '{"kv_connector":"LmkvConnector","kv_connector_module_path":"lmkv.vllm.connector","kv_role":"%s",' "$kv_role"
   printf '"kv_load_failure_policy":"recompute",'
-  printf '"kv_connector_extra_config":{"listen":"%s","name":"%s","transport":"%s"}}' "$listen" "$name" "$transport"
+  printf '"kv_connector_extra_config":{"listen":"%s","name":"%s","transport":"%s"' "$listen" "$name" "$transport"
+  # Given here they replace LMKV_POOL and LMKV_CONTROLLER, which the connector would otherwise read itself.
+  ((${#pools[@]} == 0)) || printf ',"pool":"%s"' "$(lmkv_join "${pools[@]}")"
+  ((${#controllers[@]} == 0)) || printf ',"controller":"%s"' "$(lmkv_join "${controllers[@]}")"
+  printf '}}'
 }
 
 # Ends the engine's session: politely, then, after LMKV_STOP_TIMEOUT_S, by force. Nothing of it is left afterwards.
@@ -195,9 +211,10 @@ lmkv_launch() {
   local transport=${LMKV_TRANSPORT:-nixl://} engine_pid="" warm_pid="" passed=() engine=() last
   local default_model=${LMKV_MODELS:-$lmkv_root/models}/SmolLM2-135M-Instruct
   local python=${LMKV_PYTHON:-${LMKV_VENV:-$lmkv_root/.venv}/bin/python}
-  local ready_file=${LMKV_READY_FILE:-}
+  local ready_file=${LMKV_READY_FILE:-} pools=() controllers=()
   local stop_timeout_s=${LMKV_STOP_TIMEOUT_S:-20} start_timeout_s=${LMKV_START_TIMEOUT_S:-1800}
-  [[ $role == prefill ]] || port=8200
+  [[ $role != decode ]] || port=8200
+  [[ $role != engine ]] || port=8000
   [[ $role != plain ]] || port=8000
   model=$default_model
   shift
@@ -208,6 +225,8 @@ lmkv_launch() {
   last="READY $role http://$host:$port"
   [[ $role == plain ]] || last+=" control $listen"
   unset "${LMKV_SCRIPT_VARIABLES[@]}"
+  ((${#pools[@]} == 0)) || unset LMKV_POOL
+  ((${#controllers[@]} == 0)) || unset LMKV_CONTROLLER
 
   trap 'lmkv_signalled 15' TERM
   trap 'lmkv_signalled 2' INT

@@ -155,9 +155,7 @@ class PageShare:
         for head in range(self.caches.heads):
             pages = self._cache(data, run, head)
             ids = np.arange(run.count)
-            table = segments(
-                pages.geometry, whole, ids, ids, tokens, source_first=tokens[0], target_first=tokens[0]
-            )
+            table = segments(pages.geometry, whole, ids, ids, tokens, source_first=tokens[0], target_first=tokens[0])
             for i, value in enumerate(_unsigned(unpack_pages(pages, copy, table))):
                 found[run.index + i].append(value)
         wanted = (max(tokens[0], from_token), tokens[1])
@@ -187,9 +185,7 @@ class PageShare:
         first = run.offset + head * self._head_bytes
         stride = run.stride or self._head_bytes
         layer, _, head_stride, token = page.strides
-        geometry = msgspec.structs.replace(
-            page, blocks=run.count, strides=(layer, stride // width, head_stride, token)
-        )
+        geometry = msgspec.structs.replace(page, blocks=run.count, strides=(layer, stride // width, head_stride, token))
         return Cache.of(data[first : first + stride * (run.count - 1) + self._head_bytes], geometry)
 
 

@@ -41,6 +41,8 @@ class Reach(Enum):
     """Its arena is mapped here."""
     REMOTE = auto()
     """Its arena is read and written over the data plane."""
+    ASKING = auto()
+    """We only ask, and touch no bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,7 @@ class NodeAccess:
         me: Me,
         changed: Callable[[], None] = lambda: None,
         map_arena: bool = True,
+        use_arena: bool = True,
     ) -> None:
         self.link = Link(context, address)
         self.card: pw.NodeCard | None = None
@@ -72,6 +75,7 @@ class NodeAccess:
         self._me = me
         self._changed = changed
         self._map_arena = map_arena
+        self._use_arena = use_arena
         self._namespaces: dict[bytes, str] = {}
         self._connection: socket.socket | None = None
         self._peer: PeerId | None = None
@@ -84,7 +88,7 @@ class NodeAccess:
 
     @property
     def ready(self) -> bool:
-        return self.reach in (Reach.LOCAL, Reach.REMOTE)
+        return self.reach in (Reach.LOCAL, Reach.REMOTE, Reach.ASKING)
 
     @property
     def incarnation(self) -> Incarnation:
@@ -152,6 +156,9 @@ class NodeAccess:
 
     def _reach_arena(self, card: pw.NodeCard, now_s: float) -> None:
         me = self._me
+        if not self._use_arena:
+            self._become(Reach.ASKING)
+            return
         if self._map_arena and card.share and card.host == host_id():
             who = json.dumps({"incarnation": me.incarnation, "rank": me.rank}).encode()
             try:
@@ -207,8 +214,9 @@ class NodeAccess:
     def _become(self, reach: Reach) -> None:
         self.reach = reach
         assert self.card is not None
-        how = "its arena is mapped" if reach is Reach.LOCAL else f"over {self.card.scheme}"
-        logger.info("pool node %s (%s): %s", self.card.name, self.card.incarnation, how)
+        if reach is not Reach.ASKING:
+            how = "its arena is mapped" if reach is Reach.LOCAL else f"over {self.card.scheme}"
+            logger.info("pool node %s (%s): %s", self.card.name, self.card.incarnation, how)
         self._changed()
 
     def _share_is_closed(self) -> bool:
@@ -223,7 +231,8 @@ class NodeAccess:
 
     def _lose(self, reason: str) -> None:
         name = self.card.name if self.card is not None else self.link.address
-        logger.warning("pool node %s is lost: %s", name, reason)
+        if self.reach is not Reach.ASKING:
+            logger.warning("pool node %s is lost: %s", name, reason)
         was_ready = self.ready
         self.card, self.reach, self.memory = None, Reach.SEEKING, None
         if self._connection is not None:

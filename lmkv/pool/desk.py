@@ -234,7 +234,9 @@ class Desk:
         self._index.counters["pin:absent"] += asked - len(here)
         pages = tuple(pw.Page(e.offset, e.generation, e.checksums) for e in here)
         size = here[0].page_bytes if here else 0
-        self._send(identity, pw.Pinned(message.token, lease, lease_s, size, pages, why))
+        below = run[len(here) :]
+        below_s = self._tiering.promotion_s(below)
+        self._send(identity, pw.Pinned(message.token, lease, lease_s, size, pages, why, len(below), below_s))
 
     def _unpin(self, message: pw.Unpin) -> None:
         self._leases.unpin(message.lease)

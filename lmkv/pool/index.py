@@ -212,11 +212,11 @@ class PoolIndex:
     # --- reading ---
 
     def run(self, keys: Sequence[bytes]) -> list[Entry]:
-        """The longest run of visible pages of one size from the first key on, in whatever tiers."""
+        """The longest run of visible pages from the first key on, in whatever tiers."""
         found: list[Entry] = []
         for key in keys:
             entry = self.find(key)
-            if entry is None or (found and entry.page_bytes != found[0].page_bytes):
+            if entry is None:
                 break
             found.append(entry)
         return found

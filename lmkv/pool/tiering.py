@@ -45,6 +45,8 @@ class _Below:
         name = f"lmkv-{(self.tier.name or 'tier').lower()}"
         self.lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{i}") for i in range(LANES)]
         self.queued_bytes = 0
+        self.read_s = 0.005
+        """A page's read takes about so long."""
         self.writing: set[bytes] = set()
 
     def lane(self, key: bytes) -> ThreadPoolExecutor:
@@ -180,6 +182,11 @@ class Tiering:
         self._index.hold(entry)
         below.lane(entry.key).submit(self._read, entry, below)
 
+    def promotion_s(self, entries: Sequence[Entry]) -> float:
+        """About how long it takes to bring these up, from how long it has taken."""
+        waits = [below.read_s * len(entries) / LANES for below in self._below]
+        return max(waits, default=0.0) if entries else 0.0
+
     def _read(self, entry: Entry, below: _Below) -> None:
         """On a lane."""
         started_s, error, lost = time.monotonic(), "", False
@@ -206,7 +213,7 @@ class Tiering:
             logger.warning("a page of %s cannot be brought up: %s", tier.name, error)
         else:
             self._counters[f"promote:{tier.name}"] += 1
-            self._counters[f"promote:{tier.name}:us"] += int(seconds * 1e6)
+            below.read_s += (seconds - below.read_s) / 8
         self._index.promoted(entry, bool(error))
         point("promote:visible")
         self._index.release(entry)

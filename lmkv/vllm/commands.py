@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lmkv.ids import RequestId, TransferId
 
-from .specs import ExpectSpec, OfferSpec, Push, RankReport
+from .specs import ExpectSpec, LoadReport, LoadSpec, OfferSpec, Push, RankReport, StoreSpec
 
 
 class Fence(Protocol):
@@ -73,7 +74,38 @@ class Preempted:
     drained: threading.Event = field(default_factory=threading.Event)
 
 
-Command = Ready | LayersDone | StepDone | Offered | Withdrawn | Expected | Abandoned | Preempted
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Chunks that this step has completed, in all layers, once the fence has passed."""
+
+    specs: tuple[StoreSpec, ...]
+    fence: Fence | None
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    specs: tuple[LoadSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """These requests have ended while they were loaded from the pool."""
+
+    request_ids: tuple[RequestId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Overwritten:
+    """Blocks of these requests are about to be overwritten; `drained` is set when no store reads them any more."""
+
+    request_ids: tuple[RequestId, ...]
+    drained: threading.Event = field(default_factory=threading.Event)
+
+
+Command = (
+    Ready | LayersDone | StepDone | Offered | Withdrawn | Expected | Abandoned | Preempted
+    | Stored | Loading | Ended | Overwritten
+)  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -83,3 +115,8 @@ class Results:
     sent: list[RequestId] = field(default_factory=list)
     reports: list[RankReport] = field(default_factory=list)
     ledgers: list[dict[str, object]] = field(default_factory=list)
+    loads: list[LoadReport] = field(default_factory=list)
+    packed: list[RequestId] = field(default_factory=list)
+    """One entry for each StoreSpec whose blocks are read no more."""
+    counted: Counter[str] = field(default_factory=Counter)
+    """By the pool, since the last time."""

@@ -123,6 +123,9 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._scheduler is not None
         return self._scheduler.finished(request), None
 
+    def reset_cache(self) -> bool | None:
+        return self._scheduler.reset_cache() if self._scheduler is not None else None
+
     def has_pending_push_work(self) -> bool:
         assert self._scheduler is not None
         return self._scheduler.has_news
@@ -169,6 +172,10 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
         assert self._worker is not None
         sent, received, failed = self._worker.results(finished_req_ids)
         return KVConnectorTransferResults(sent, received, failed)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        assert self._worker is not None
+        return self._worker.load_errors()
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         results = self.get_transfer_results(finished_req_ids)

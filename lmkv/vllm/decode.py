@@ -7,6 +7,7 @@ wait until the first has loaded, and then find the prompt in the local prefix ca
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -25,6 +26,8 @@ from .params import RequestParams
 from .specs import BlockRange, ExpectSpec, RankReport
 
 QUARANTINE_STEPS_S = 60.0
+_REMEMBERED = 4096
+_MISSING = object()
 
 
 class _State(Enum):
@@ -42,6 +45,8 @@ class _Transfer:
     requests: set[RequestId] = field(default_factory=set)
     block_ids: tuple[int, ...] = ()
     reports: int = 0
+    failed: bool = False
+    """It has brought nothing, and that has not been asked for yet (`take_failure`)."""
     undrained: int = 0
     held_s: float = 0.0
     held: list[Any] = field(default_factory=list)
@@ -75,9 +80,25 @@ class DecodeSide:
         self._expects: list[ExpectSpec] = []
         self._abandons: list[TransferId] = []
         self._block_pool: Any = None
+        self._parked: OrderedDict[TransferId, None] = OrderedDict()
 
     def bind_block_pool(self, pool: Any) -> None:
         self._block_pool = pool
+
+    def parked(self, tid: TransferId) -> None:
+        """From the endpoint's thread: prefill has given the transfer up; what is whole of it is in the pool."""
+        self._parked[tid] = None
+        while len(self._parked) > _REMEMBERED:
+            self._parked.popitem(last=False)
+
+    def take_failure(self, request: Any) -> bool:
+        """The transfer will bring nothing (any more), as was not known before. Told once."""
+        transfer = self._by_request[request.request_id]
+        if self._parked.pop(transfer.params.transfer_id, _MISSING) is not _MISSING and transfer.state is _State.NEW:
+            transfer.state, transfer.failed = _State.DONE, True
+            self._miss(transfer, "parked", "prefill has held it for long enough")
+        failed, transfer.failed = transfer.failed, False
+        return failed
 
     # --- a request's way in ---
 
@@ -205,6 +226,7 @@ class DecodeSide:
             self._quarantine(transfer)
         if report.outcome == "failed":
             self._miss(transfer, "load_failed", report.reason)
+            transfer.failed = True
         if transfer.reports == self._world:
             transfer.state = _State.DONE
             self._book.update(report.transfer_id, loaded_s=time.monotonic(), outcome=report.outcome)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 import zmq
 
@@ -40,6 +41,7 @@ class EngineEndpoint:
         self._wanted: dict[str, float] = {}
         self._to_send: deque[tuple[str, wire.Control]] = deque()
         self._stop = threading.Event()
+        self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
         self._closed = "the digest of the weights is not known yet"
         """Why there is no pairing (yet)."""
         self._thread = threading.Thread(target=self._run, name="lmkv-endpoint", daemon=True)
@@ -56,6 +58,10 @@ class EngineEndpoint:
             self._pairing = Pairing(card, compare)
             self._wanted = dict.fromkeys(peers, now_s + _WANTED_FOR_S)
             self._thread.start()
+
+    def on_pool(self, hear: Callable[[wire.PoolNodes | wire.Parked], None]) -> None:
+        """Before `start`: who hears, on the endpoint's thread, what is told of the pool."""
+        self._hear_pool = hear
 
     def refuse_all(self, reason: str) -> None:
         """Instead of `start`: this engine pairs with nobody."""
@@ -151,6 +157,8 @@ class EngineEndpoint:
                     actions = pairing.want(message.address, now_s, (letter.identity, message.token))
                     if pairing.state(message.address)[0] is PairState.PENDING:
                         self._wanted[message.address] = now_s + _WANTED_FOR_S
+                case wire.PoolNodes() | wire.Parked():
+                    self._hear_pool(message)
                 case wire.NotNeeded():
                     actions = [ToWorkers(message)]
                 case wire.Describe():

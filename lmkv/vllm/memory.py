@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,10 @@ class KvMemory:
         """Where each layer of a group begins in its storage, bytes."""
         base = self.storages[group].data_ptr()
         return [card.address - base for card in self.layers if card.group == group]
+
+    def with_region(self, region: Region) -> KvMemory:
+        """The same with one more region to be registered."""
+        return replace(self, regions=(*self.regions, region))
 
     def map(self) -> KvMap:
         """Our own layers for the planner."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmkv.ids import TransferId
+from lmkv.ids import RequestId, TransferId
 from lmkv.wire import WorkerCard
 
-from .specs import ExpectSpec, OfferSpec, Push, RankReport
+from .specs import ExpectSpec, LoadReport, LoadSpec, OfferSpec, Push, RankReport, StoreSpec
 
 
 @dataclass
@@ -27,6 +28,12 @@ class StepMeta(KVConnectorMetadata):
     withdrawals: list[tuple[TransferId, str]] = field(default_factory=list)
     expects: list[ExpectSpec] = field(default_factory=list)
     abandons: list[TransferId] = field(default_factory=list)
+    stores: list[StoreSpec] = field(default_factory=list)
+    loads: list[LoadSpec] = field(default_factory=list)
+    ended: list[RequestId] = field(default_factory=list)
+    """Requests that have ended while they were loaded from the pool."""
+    overwritten: list[RequestId] = field(default_factory=list)
+    """Preempted requests that had chunks to store."""
 
 
 @dataclass
@@ -35,10 +42,18 @@ class WorkerMeta(KVConnectorWorkerMetadata):
 
     reports: list[RankReport] = field(default_factory=list)
     ledgers: list[dict[str, Any]] = field(default_factory=list)
+    loads: list[LoadReport] = field(default_factory=list)
+    counted: Counter[str] = field(default_factory=Counter)
+    """What the pool's parts have counted, all ranks together."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
         assert isinstance(other, WorkerMeta)
-        return WorkerMeta(self.reports + other.reports, self.ledgers + other.ledgers)
+        return WorkerMeta(
+            self.reports + other.reports,
+            self.ledgers + other.ledgers,
+            self.loads + other.loads,
+            self.counted + other.counted,
+        )
 
 
 @dataclass
@@ -47,3 +62,5 @@ class HandshakeMeta(KVConnectorHandshakeMetadata):
 
     card: WorkerCard
     layout: dict[str, str]
+    unpooled: str = "no pool is set"
+    """Why this rank does not use the pool, or ""."""

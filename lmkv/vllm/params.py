@@ -21,13 +21,19 @@ class RequestParams:
     peer_address: str
 
 
+def is_approximate(params: Mapping[str, Any] | None) -> bool:
+    """The request's KV is not exactly what its tokens give (or it asks not to be pooled): it gets no name."""
+    ours = (params or {}).get("lmkv")
+    return isinstance(ours, Mapping) and bool(ours.get("approximate"))
+
+
 def request_params(params: Mapping[str, Any] | None) -> RequestParams | None:
     """The request's part in a transfer; None for a request that runs as on plain vLLM.
 
     Unreadable parameters are logged and treated as none: a cache problem never fails a request.
     """
     ours = (params or {}).get("lmkv")
-    if ours is None:
+    if ours is None or (isinstance(ours, Mapping) and "transfer_id" not in ours and "approximate" in ours):
         return None
     try:
         transfer_id, role, address = ours["transfer_id"], ours["role"], ours["peer"]["address"]

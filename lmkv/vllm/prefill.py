@@ -6,15 +6,20 @@ Runs on the engine thread. vLLM asks it every step; it keeps one small record a 
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lmkv.ids import RequestId, TransferId
+from lmkv import wire
+from lmkv.ids import Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
 
 from .metadata import StepMeta
 from .params import RequestParams
 from .specs import BlockRange, OfferSpec, Push
+
+_REMEMBERED = 4096
 
 
 @dataclass(slots=True)
@@ -37,11 +42,16 @@ class PrefillSide:
         self._book = book
         self._requests: dict[RequestId, _Prefill] = {}
         self._orphans: list[_Prefill] = []
+        self._peers: OrderedDict[TransferId, str] = OrderedDict()
+        """The decode engines' addresses."""
 
     def new_request(self, request: Any, params: RequestParams) -> None:
         self._requests[request.request_id] = _Prefill(
             params.transfer_id, request.request_id, request.num_prompt_tokens, next_block=(0,) * len(self._block_tokens)
         )
+        self._peers[params.transfer_id] = params.peer_address
+        while len(self._peers) > _REMEMBERED:
+            self._peers.popitem(last=False)
         self._book.update(
             params.transfer_id, role="prefill", prompt_tokens=request.num_prompt_tokens, arrived_s=time.monotonic()
         )
@@ -96,6 +106,14 @@ class PrefillSide:
         prefill.next_block = tuple(following)
         if cached or computed or prefill.done:
             meta.pushes.append(Push(prefill.transfer_id, tuple(cached), tuple(computed), prefill.done))
+
+    def park(self, tid: TransferId, tell: Callable[[str, wire.Control], None], incarnation: Incarnation) -> None:
+        """Nobody asked for it in time. Its whole chunks are stored like any others; decode is told to look there."""
+        address = self._peers.pop(tid, "")
+        if address:
+            self._book.update(tid, parked=True)
+            self._book.count("send:parked")
+            tell(address, wire.Parked(incarnation, tid))
 
     def finished(self, request: Any, meta: StepMeta) -> bool:
         """The request has ended; True: keep its blocks until the workers report finished_sending."""

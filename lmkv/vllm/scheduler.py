@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import vllm
@@ -16,15 +17,20 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox, split_address
 from lmkv.errors import ConfigError
+from lmkv.hashing import Manifest
 from lmkv.ids import EngineName, make_incarnation
 from lmkv.obs.ledger import LedgerBook
-from lmkv.weights import default_cache, weights_digest
+from lmkv.transfer import events as ev
+from lmkv.weights import default_cache, newest_s, process_start_s, weights_digest
 
 from .decode import DecodeSide
 from .endpoint import EngineEndpoint
 from .fingerprint import must_match
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
-from .params import request_params
+from .params import is_approximate, request_params
+from .pooled.shares import shapes
+from .pooled.side import PoolSide
+from .pooled.sources import Sources
 from .prefill import PrefillSide
 
 logger = logging.getLogger(__name__)
@@ -66,6 +72,8 @@ class SchedulerSide:
             parallel.tensor_parallel_size,
         )
         self._sides: dict[str, PrefillSide | DecodeSide] = {}
+        self._pool: PoolSide | None = None
+        self._sources = Sources(self._decode, None)
 
     def _listen_of(self, parallel: Any) -> str:
         """Each data-parallel engine listens on its own port."""
@@ -83,6 +91,19 @@ class SchedulerSide:
             "kv_layout": str(self._kv_cache_config.kv_cache_layout),
             "tp": str(len(ordered)),
         }
+        unpooled = next((meta.unpooled for meta in ordered if meta.unpooled), "")
+        if not unpooled:
+            self._pool = PoolSide(
+                self._settings,
+                self._block_tokens,
+                self._kv_cache_config.select_transfer_block_ids,
+                self.book,
+                len(ordered),
+            )
+            self._sources = Sources(self._decode, self._pool)
+            self._endpoint.on_pool(self._hear_pool)
+        elif self._settings.pool or self._settings.controller:
+            logger.error("this engine does not use the pool: %s", unpooled)
         threading.Thread(
             target=self._open, args=(tuple(meta.card for meta in ordered), layout), name="lmkv-weights", daemon=True
         ).start()
@@ -112,7 +133,31 @@ class SchedulerSide:
             convert_dtype=self._settings.convert_dtype,
         )
         self._endpoint.start(card, self._settings.peers)
+        if self._pool is not None:
+            self._name_pool(self._pool, card, must)
         logger.info("engine %r (%s, incarnation %s) listens on %s", name, self._role, self._incarnation, card.address)
+
+    def _name_pool(self, pool: PoolSide, card: wire.EngineCard, must: dict[str, str]) -> None:
+        """KV has a name from now on. Weights that are newer than this process may not be those that it has loaded."""
+        chunk_tokens = self._settings.chunk_tokens
+        groups = shapes(card.workers[0].geometries, chunk_tokens)
+        path, epoch = Path(self._model), ""
+        if path.exists() and newest_s(path) >= process_start_s():
+            epoch = self._incarnation
+            logger.warning("the weights in %s have changed since this engine started; its KV is not shared", path)
+        manifest = Manifest(must, chunk_tokens, groups, self._settings.tenant, epoch)
+
+        def tell(description: str) -> None:
+            for worker in card.workers:
+                self._endpoint.tell(worker.address, wire.PoolName(card.incarnation, card.address, description))
+
+        pool.named(self._incarnation, manifest, tell)
+
+    def _hear_pool(self, message: wire.PoolNodes | wire.Parked) -> None:
+        if isinstance(message, wire.Parked):
+            self._decode.parked(message.transfer_id)
+        elif self._pool is not None:
+            self._pool.nodes(message)
 
     # --- vLLM's hooks ---
 
@@ -120,6 +165,8 @@ class SchedulerSide:
         self._decode.bind_block_pool(pool)
 
     def new_request(self, request: Any) -> None:
+        if self._pool is not None:
+            self._pool.new_request(request, is_approximate(request.kv_transfer_params))
         params = request_params(request.kv_transfer_params)
         if params is None:
             return
@@ -133,17 +180,18 @@ class SchedulerSide:
             self._endpoint.pair(params.peer_address)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
-        if self._sides.get(request.request_id) is self._decode:
-            return self._decode.matched_tokens(request, computed_tokens)
-        return 0, False
+        return self._sources.matched_tokens(
+            request, computed_tokens, self._sides.get(request.request_id) is self._decode
+        )
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
-        if self._sides.get(request.request_id) is self._decode:
-            self._decode.allocated(request, blocks, external_tokens)
+        self._sources.allocated(request, blocks, external_tokens, self._sides.get(request.request_id) is self._decode)
 
     def build_meta(self, output: Any) -> StepMeta:
         self._prefill.fill(self._meta, output)
         self._decode.fill(self._meta)
+        if self._pool is not None:
+            self._pool.fill(self._meta, output)
         meta, self._meta = self._meta, StepMeta()
         return meta
 
@@ -152,28 +200,43 @@ class SchedulerSide:
         if not isinstance(meta, WorkerMeta):
             return
         for ledger in meta.ledgers:
-            self.book.add_rank(ledger.pop("transfer_id"), ledger)
+            tid = ledger.pop("transfer_id")
+            self.book.add_rank(tid, ledger)
+            if ledger.get("outcome") == ev.SendOutcome.EXPIRED.value and self._pool is not None:
+                self._prefill.park(tid, self._endpoint.tell, self._incarnation)
+        if self._pool is not None:
+            self._pool.take(meta.loads, meta.counted)
         for report in meta.reports:
             self._decode.reported(report)
 
     def finished(self, request: Any) -> bool:
         """True: vLLM keeps the blocks until finished_sending."""
         side = self._sides.pop(request.request_id, None)
+        pooled = self._pool.finished(request) if self._pool is not None else False
         if side is self._prefill:
-            return self._prefill.finished(request, self._meta)
+            return self._prefill.finished(request, self._meta) or pooled
         if side is self._decode:
             self._decode.finished(request)
-        return False
+        return pooled
+
+    def reset_cache(self) -> bool:
+        """The external cache is to be reset: perhaps the weights have been replaced."""
+        if self._pool is not None:
+            self._pool.new_epoch()
+        return True
 
     @property
     def has_news(self) -> bool:
-        return self._prefill.has_news or self._decode.has_news or bool(self._meta.withdrawals)
+        pooled = self._pool is not None and self._pool.has_news
+        return self._prefill.has_news or self._decode.has_news or bool(self._meta.withdrawals) or pooled
 
     @property
     def has_pending_frees(self) -> bool:
         return self._decode.has_pending_frees
 
     def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
         self._endpoint.close()
         self._outbox.close()
         self._context.term()

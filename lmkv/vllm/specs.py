@@ -63,3 +63,54 @@ class RankReport:
     outcome: str
     drained: bool
     reason: str
+
+
+# --- the pool ---
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSpec:
+    """Chunks of a request that are complete when this step's layers are. `keys` are the chunk keys from chunk `first`
+    on; `blocks` hold their tokens, by transfer group."""
+
+    request_id: RequestId
+    namespace: bytes
+    first: int
+    keys: tuple[bytes, ...]
+    blocks: tuple[BlockRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PageSource:
+    """A pinned page of one chunk, by transfer group: where it is and what its checksums are."""
+
+    chunk: int
+    key: bytes
+    node: Incarnation
+    until_s: float
+    """End of the lease, monotonic clock of this host."""
+    offsets: tuple[int, ...]
+    checksums: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSpec:
+    """Tokens [lo, hi) are to be read into `blocks`, from `pages` in the order of their chunks."""
+
+    request_id: RequestId
+    namespace: bytes
+    tokens: tuple[int, int]
+    blocks: tuple[BlockRange, ...]
+    pages: tuple[PageSource, ...]
+    until_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """One rank's end of a load: tokens before `good` are right. `reason`: what ended it early, or ""."""
+
+    request_id: RequestId
+    good: int
+    reason: str
+    loaded_bytes: int
+    seconds: float

@@ -23,18 +23,24 @@ from lmkv.transport import MemoryKind, open_transport
 from . import memory
 from .commands import (
     Abandoned,
+    Ended,
     Expected,
     Fence,
     LayersDone,
+    Loading,
     Offered,
+    Overwritten,
     Preempted,
     Ready,
     Results,
     StepDone,
+    Stored,
     Withdrawn,
 )
 from .geometry import Shard
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
+from .pooled.books import PoolBooks
+from .pooled.rank import open_pool
 from .specs import Push, RankReport
 from .writer import WorkerLoop
 
@@ -75,6 +81,8 @@ class WorkerSide:
         self._sent: set[RequestId] = set()
         self._awaited: dict[RequestId, TransferId] = {}
         self._news = Results()
+        self._pooled = PoolBooks(tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups))
+        self._unpooled = ""
         self._fence: Callable[[], Fence | None] = lambda: None
 
     # --- life ---
@@ -92,7 +100,10 @@ class WorkerSide:
         host, _ = split_address(self._settings.listen)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
         transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
-        self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}")
+        pool, self._unpooled = open_pool(self._settings, self._rank, shard.ranks, found, self._kv_cache_config)
+        if pool is not None:
+            found = self._memory = found.with_region(pool.region)
+        self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}", pool)
         self._loop.start()
 
     def _slots(self, device: torch.device) -> memory.SlotMemory | None:
@@ -114,10 +125,12 @@ class WorkerSide:
         assert self._loop is not None and self._memory is not None
         found = self._memory
         card = found.card(self._rank, self._loop.address, self._settings.transport.split(":")[0], self._loop.export)
-        return HandshakeMeta(card, found.layout)
+        return HandshakeMeta(card, found.layout, self._unpooled)
 
     def close(self) -> None:
         if self._loop is not None:
+            if not self._loop.drain(self._settings.store_drain_s):
+                logger.warning("ending with chunks that are not in the pool yet")
             self._loop.close()
             self._loop = None
 
@@ -125,6 +138,11 @@ class WorkerSide:
 
     def before_forward(self, meta: StepMeta) -> None:
         """Blocks of preempted requests may be overwritten by this step: stop reading them first."""
+        if meta.overwritten and self._loop is not None:
+            dropped = Overwritten(tuple(meta.overwritten))
+            self._loop.submit(dropped)
+            if not dropped.drained.wait(_PREEMPTION_FENCE_S):
+                logger.error("stores of preempted requests %s may read what is overwritten", meta.overwritten)
         if meta.preempted and self._loop is not None:
             command = Preempted(tuple(meta.preempted))
             self._loop.submit(command)
@@ -145,6 +163,11 @@ class WorkerSide:
             loop.submit(Abandoned(tuple(meta.abandons)))
         if meta.withdrawals:
             loop.submit(Withdrawn(tuple(meta.withdrawals)))
+        self._pooled.bind(meta)
+        if meta.loads:
+            loop.submit(Loading(tuple(meta.loads)))
+        if meta.ended:
+            loop.submit(Ended(tuple(meta.ended)))
         self._step = None
         if meta.pushes:
             pushes = tuple(meta.pushes)
@@ -170,6 +193,9 @@ class WorkerSide:
 
     def sweep(self) -> None:
         """End of the step: layers whose hook did not fire are complete as well."""
+        stores = self._pooled.take_stores()
+        if stores and self._loop is not None:
+            self._loop.submit(Stored(stores, self._fence()))
         step, self._step = self._step, None
         if step is None:
             return
@@ -196,19 +222,29 @@ class WorkerSide:
         taken = loop.take()
         if not loop.alive:
             self._give_up(taken)
-        self._ended |= {RequestId(r) for r in finished_req_ids} & self._reportable
+        self._pooled.take(taken)
+        ended = {RequestId(r) for r in finished_req_ids}
+        self._ended |= ended & (self._reportable | self._pooled.storing)
         self._sent |= set(taken.sent) & self._reportable
         self._news.reports += taken.reports
         self._news.ledgers += taken.ledgers
-        sent = self._sent & self._ended
+        self._news.loads += taken.loads
+        self._news.counted += taken.counted
+        sent = {r for r in self._ended if r not in self._reportable - self._sent and not self._pooled.is_packing(r)}
         self._sent -= sent
         self._ended -= sent
         self._reportable -= sent
+        self._pooled.storing -= sent
         received = {r.request_id for r in taken.reports if r.outcome != "drained"}
         for request_id in received:
             self._awaited.pop(request_id, None)
+        received |= {report.request_id for report in taken.loads}
         failed = {r.request_id for r in taken.reports if r.outcome == "failed"}
-        return set(sent), set(received), set(failed)
+        return set(sent), set(received), set(failed | self._pooled.take_failed())
+
+    def load_errors(self) -> set[int]:
+        """Blocks that a load from the pool has not filled (models with one KV group)."""
+        return self._pooled.take_bad_blocks()
 
     def _give_up(self, taken: Results) -> None:
         """The loop has died (a bug of ours, logged there): no request may wait for it.
@@ -216,6 +252,7 @@ class WorkerSide:
         Blocks that were granted stay in quarantine for good, since nobody can say that nothing lands in them.
         """
         taken.sent += self._reportable - self._sent
+        self._pooled.give_up(taken)
         reported = {report.request_id for report in taken.reports}
         for request_id, tid in self._awaited.items():
             if request_id not in reported:
@@ -224,9 +261,9 @@ class WorkerSide:
     def worker_meta(self) -> WorkerMeta | None:
         """Reports and ledgers collected by `results` in this step."""
         news, self._news = self._news, Results()
-        if not news.reports and not news.ledgers:
+        if not (news.reports or news.ledgers or news.loads or news.counted):
             return None
-        return WorkerMeta(news.reports, news.ledgers)
+        return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted)
 
 
 def _record_cuda_event() -> Fence:

@@ -10,7 +10,7 @@ import logging
 import select
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import Future
 
 import zmq
@@ -27,17 +27,22 @@ from lmkv.transport import Completion, Notification, PeerId, PeerLost, Transport
 from .commands import (
     Abandoned,
     Command,
+    Ended,
     Expected,
     LayersDone,
+    Loading,
     Offered,
+    Overwritten,
     Preempted,
     Ready,
     Results,
     StepDone,
+    Stored,
     Withdrawn,
 )
 from .memory import KvMemory
 from .peers import Peers
+from .pooled.rank import PoolRank
 from .receiving import Receiving
 from .sending import Sending
 
@@ -57,7 +62,13 @@ class WorkerLoop:
     """`start` returns once memory is registered; `export` and `address` are valid from then on."""
 
     def __init__(
-        self, settings: ConnectorSettings, rank: Rank, transport: Transport, memory: KvMemory, listen: str
+        self,
+        settings: ConnectorSettings,
+        rank: Rank,
+        transport: Transport,
+        memory: KvMemory,
+        listen: str,
+        pool: PoolRank | None = None,
     ) -> None:
         self._transport = transport
         self._memory = memory
@@ -70,6 +81,10 @@ class WorkerLoop:
         self._lock = threading.Lock()
         self._stopping = threading.Event()
         self._fences: list[Preempted] = []
+        self._pool = pool
+        self._pool_fds: list[int] = []
+        self._stored = threading.Event()
+        """Nothing is on its way to the pool."""
         self._ended_s = 0.0
         self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
@@ -106,6 +121,11 @@ class WorkerLoop:
             results, self._results = self._results, Results()
         return results
 
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until everything that was to be stored in the pool is there; False if it took too long."""
+        self._wake.set()
+        return self._pool is None or not self.alive or self._stored.wait(timeout_s)
+
     def close(self) -> None:
         """Stop, whatever is in flight; the process is about to end."""
         self._stopping.set()
@@ -118,6 +138,8 @@ class WorkerLoop:
         try:
             for region in self._memory.regions:
                 self._transport.register(region)
+            if self._pool is not None:
+                self._pool.open(self._context, self._transport, self._memory.scratch_extents, self._outbox)
             self._started.set_result(self._transport.export())
         except LmkvError as error:
             self._started.set_exception(error)
@@ -133,6 +155,8 @@ class WorkerLoop:
             self._end()
 
     def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
         self._transport.abort()
         self._outbox.close()
         self._inbox.close()
@@ -144,6 +168,7 @@ class WorkerLoop:
         for descriptor in (self._inbox.socket.fileno(), self._wake.fd, *descriptors):
             poller.register(descriptor, select.POLLIN)
         while not self._stopping.is_set():
+            self._watch_pool(poller)
             poller.poll(self._timeout_s(bool(descriptors)) * 1000)
             self._wake.clear()
             now_s = time.monotonic()
@@ -155,7 +180,19 @@ class WorkerLoop:
             self._peers.tick(now_s)
             self._sending.tick(now_s)
             self._receiving.tick(now_s)
-            self._publish()
+            if self._pool is not None:
+                self._pool.tick(now_s)
+            self._publish(now_s)
+
+    def _watch_pool(self, poller: select.poll) -> None:
+        """Nodes come and go, and their sockets with them."""
+        if self._pool is None or not self._pool.fds_changed():
+            return
+        for descriptor in self._pool_fds:
+            poller.unregister(descriptor)
+        self._pool_fds = self._pool.fds
+        for descriptor in self._pool_fds:
+            poller.register(descriptor, select.POLLIN)
 
     def _timeout_s(self, has_descriptors: bool) -> float:
         if self._commands and not self._blocked():
@@ -165,11 +202,12 @@ class WorkerLoop:
         if self._commands:
             most = min(most, BUSY_S)
         deadlines = [d - now_s for d in (self._sending.deadline_s(), self._receiving.deadline_s()) if d is not None]
-        return max(0.0, min([most, self._peers.next_s(now_s), *deadlines]))
+        pool_s = self._pool.next_s(now_s) if self._pool is not None else 3600.0
+        return max(0.0, min([most, pool_s, self._peers.next_s(now_s), *deadlines]))
 
     def _pause_s(self, now_s: float) -> float:
         """Between two polls of a data plane without descriptors."""
-        if self._receiving.active or self._peers.warming:
+        if self._receiving.active or self._peers.warming or (self._pool is not None and self._pool.waiting):
             return BUSY_S
         if self._transport.in_flight == 0:
             return IDLE_S
@@ -178,7 +216,7 @@ class WorkerLoop:
     def _blocked(self) -> bool:
         """The next command waits for the device."""
         head = self._commands[0]
-        return isinstance(head, LayersDone) and head.fence is not None and not head.fence.query()
+        return isinstance(head, LayersDone | Stored) and head.fence is not None and not head.fence.query()
 
     def _take_commands(self, now_s: float) -> None:
         while self._commands and not self._blocked():
@@ -201,6 +239,22 @@ class WorkerLoop:
                 case Preempted():
                     self._sending.preempted(command.transfer_ids, now_s)
                     self._fences.append(command)
+                case _:
+                    self._take_pool_command(command, now_s)
+
+    def _take_pool_command(self, command: Command, now_s: float) -> None:
+        assert self._pool is not None, "the engine side sends these only where there is a pool"
+        match command:
+            case Stored():
+                self._pool.store(command.specs, now_s)
+            case Loading():
+                self._pool.load(command.specs, now_s)
+            case Ended():
+                for request_id in command.request_ids:
+                    self._pool.cancel(request_id)
+            case Overwritten():
+                self._pool.drop(command.request_ids)
+                command.drained.set()
 
     def _take_letters(self, now_s: float) -> None:
         for letter in self._inbox.receive():
@@ -225,6 +279,8 @@ class WorkerLoop:
                     self._peers.introduce(message, now_s)
                 case wire.Dismiss():
                     self._peers.dismiss(message.incarnation, message.dead)
+                case wire.PoolName() if self._pool is not None:
+                    self._pool.named(message)
                 case _:
                     logger.warning("a worker does not take %s", type(message).__name__)
 
@@ -234,11 +290,15 @@ class WorkerLoop:
                 case Completion(op, error):
                     self._ended_s = now_s
                     self._transport.release(op)
-                    if not self._peers.completed(op, error, now_s):
+                    if self._peers.completed(op, error, now_s):
+                        continue
+                    if self._pool is None or not self._pool.completed(op, error, now_s):
                         self._sending.completed(op, error, now_s)
                 case Notification(transport_id, payload):
                     self._take_note(transport_id, payload, now_s)
                 case PeerLost(transport_id, reason):
+                    if self._pool is not None and self._pool.peer_lost(transport_id, reason):
+                        continue
                     self._peers.transport_lost(transport_id, reason)
 
     def _take_note(self, transport_id: PeerId, payload: bytes, now_s: float) -> None:
@@ -260,15 +320,25 @@ class WorkerLoop:
         self._sending.handle(ev.PeerGone(peer, dead), now_s)
         self._receiving.handle(ev.PeerGone(peer, dead), now_s)
 
-    def _publish(self) -> None:
+    def _publish(self, now_s: float) -> None:
         for fence in self._fences:
             if all(self._sending.in_flight(tid) == 0 for tid in fence.transfer_ids):
                 fence.drained.set()
         self._fences = [fence for fence in self._fences if not fence.drained.is_set()]
         sent, sent_ledgers = self._sending.take()
         reports, received_ledgers = self._receiving.take()
-        if sent or reports or sent_ledgers or received_ledgers:
+        loads = self._pool.take_reports() if self._pool is not None else []
+        packed = self._pool.take_packed() if self._pool is not None else []
+        counted = self._pool.take_counters(now_s) if self._pool is not None else None
+        if self._pool is not None and self._pool.idle and not self._commands:
+            self._stored.set()
+        else:
+            self._stored.clear()
+        if sent or reports or sent_ledgers or received_ledgers or loads or packed or counted:
             with self._lock:
+                self._results.loads += loads
+                self._results.packed += packed
+                self._results.counted += counted or Counter()
                 self._results.sent += sent
                 self._results.reports += reports
                 self._results.ledgers += sent_ledgers + received_ledgers

@@ -1,0 +1,262 @@
+"""Loading: pages of pool nodes unpacked into the engine's blocks. Loop thread only.
+
+Mapped pages are unpacked where they lie; those of other hosts are read into staging, several at a time and from all
+their holders, and unpacked as they land. A page counts only if its lease was still on when it had been unpacked and all
+its checksums are right. The first page that does not ends the load; what came before it is kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lmkv import poolwire as pw
+from lmkv.errors import LmkvError, TransportError
+from lmkv.hashing import page_key
+from lmkv.ids import Incarnation, RequestId
+from lmkv.pool.access import NodeAccess, Reach
+from lmkv.transport import OpId
+
+from ..specs import LoadReport, LoadSpec, PageSource
+from .shares import Shares
+from .staging import Staging
+
+logger = logging.getLogger(__name__)
+
+SLICE_BYTES = 16 << 20
+READ_BYTES = 8 << 20
+"""So much is read with one operation, if so many pages of a node follow each other."""
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    spec: LoadSpec
+    started_s: float
+    next: int = 0
+    """First page that has not been started."""
+    right: set[int] = field(default_factory=set)
+    """Indices of pages that are in the blocks."""
+    flying: int = 0
+    stop: int = 0
+    """Pages from here on are not wanted any more."""
+    reason: str = ""
+    loaded_bytes: int = 0
+    reported: bool = False
+
+
+@dataclass(slots=True)
+class _Read:
+    """Pages [lo, hi) of a load in `slots` of staging, group by group for each page."""
+
+    load: _Load
+    lo: int
+    hi: int
+    slots: list[int]
+
+
+class Loads:
+    """`find(incarnation)` is the ready access of a node; `clock` the monotonic time, for leases."""
+
+    def __init__(
+        self,
+        shares: Shares,
+        staging: Staging,
+        find: Callable[[Incarnation], NodeAccess | None],
+        arena: Callable[[NodeAccess], torch.Tensor],
+        counters: Counter[str],
+        clock: Callable[[], float],
+    ) -> None:
+        self._shares = shares
+        self._staging = staging
+        self._find = find
+        self._arena = arena
+        self._counters = counters
+        self._clock = clock
+        self._loads: deque[_Load] = deque()
+        self._reads: dict[OpId, _Read] = {}
+        self._reports: list[LoadReport] = []
+
+    @property
+    def active(self) -> bool:
+        return bool(self._loads)
+
+    @property
+    def has_work(self) -> bool:
+        return any(self._workable(load) for load in self._loads)
+
+    def submit(self, spec: LoadSpec, now_s: float) -> None:
+        self._loads.append(_Load(spec, now_s, stop=len(spec.pages)))
+
+    def cancel(self, request_id: RequestId) -> None:
+        """The request has ended; vLLM frees its blocks with our report."""
+        for load in self._loads:
+            if load.spec.request_id == request_id:
+                self._cut(load, load.next, "cancelled")
+
+    def take(self) -> list[LoadReport]:
+        reports, self._reports = self._reports, []
+        return reports
+
+    def deadline_s(self) -> float | None:
+        return min((load.spec.until_s for load in self._loads), default=None)
+
+    # --- work ---
+
+    def work(self, now_s: float) -> None:
+        """Do a slice. Call again while `has_work`."""
+        for load in list(self._loads):
+            if now_s > load.spec.until_s and not load.reported:
+                # What is in flight lands in staging only, so the blocks are vLLM's at once.
+                self._cut(load, load.next, "late", at_once=True)
+            elif self._workable(load):
+                self._advance(load)
+            self._end_if_over(load)
+
+    def _workable(self, load: _Load) -> bool:
+        if load.next >= load.stop:
+            return False
+        access = self._find(load.spec.pages[load.next].node)
+        return access is None or access.reach is Reach.LOCAL or self._staging.can_load(len(self._shares.groups))
+
+    def _advance(self, load: _Load) -> None:
+        page = load.spec.pages[load.next]
+        access = self._find(page.node)
+        if access is None:
+            self._cut(load, load.next, "node_lost")
+            return
+        try:
+            if access.reach is Reach.LOCAL:
+                self._unpack_here(load, access)
+            else:
+                self._read(load, access)
+        except LmkvError as error:
+            logger.warning("pages of %s cannot be loaded: %s", page.node, error)
+            self._cut(load, load.next, "failed")
+
+    def _same_node(self, load: _Load, most: int) -> int:
+        """How many pages from `next` on are of its node, `most` at most."""
+        pages, lo = load.spec.pages, load.next
+        hi = lo
+        while hi < load.stop and hi - lo < most and pages[hi].node == pages[lo].node:
+            hi += 1
+        return hi
+
+    def _page_bytes(self) -> int:
+        return sum(share.bytes for share in self._shares.groups)
+
+    def _unpack_here(self, load: _Load, access: NodeAccess) -> None:
+        lo, hi = load.next, self._same_node(load, max(1, SLICE_BYTES // self._page_bytes()))
+        load.next = hi
+        places = [
+            [page.offsets[group] + share.offset_bytes for page in load.spec.pages[lo:hi]]
+            for group, share in enumerate(self._shares.groups)
+        ]
+        self._unpack(load, lo, hi, self._arena(access), places)
+
+    def _read(self, load: _Load, access: NodeAccess) -> None:
+        """Raises TransportError."""
+        groups = self._shares.groups
+        lo, hi = load.next, self._same_node(load, max(1, READ_BYTES // self._page_bytes()))
+        slots: list[int] = []
+        while len(slots) < (hi - lo) * len(groups) and (slot := self._staging.take()) is not None:
+            slots.append(slot)
+        whole = len(slots) // len(groups)
+        self._staging.give_back(slots[whole * len(groups) :])
+        del slots[whole * len(groups) :]
+        hi = lo + whole
+        if whole == 0:
+            return
+        rows, tables = [], []
+        for group, share in enumerate(groups):
+            rows += [(page.offsets[group] + share.offset_bytes, share.bytes) for page in load.spec.pages[lo:hi]]
+            tables += [(slot, share.bytes) for slot in slots[group * whole : (group + 1) * whole]]
+        try:
+            op = access.read(self._staging.rows(tables), rows)
+        except TransportError:
+            self._staging.give_back(slots)
+            raise
+        load.next, load.flying = hi, load.flying + 1
+        self._reads[op] = _Read(load, lo, hi, slots)
+
+    def completed(self, op: OpId, error: TransportError | None) -> bool:
+        """True: it was one of ours."""
+        read = self._reads.pop(op, None)
+        if read is None:
+            return False
+        load = read.load
+        load.flying -= 1
+        if error is not None:
+            self._cut(load, read.lo, "read_failed")
+        elif not load.reported and read.lo < load.stop:
+            whole = read.hi - read.lo
+            places = [
+                [self._staging.offset(slot) for slot in read.slots[group * whole : (group + 1) * whole]]
+                for group in range(len(self._shares.groups))
+            ]
+            self._unpack(load, read.lo, read.hi, self._staging.data, places)
+        self._staging.give_back(read.slots)
+        self._end_if_over(load)
+        return True
+
+    def _unpack(self, load: _Load, lo: int, hi: int, data: torch.Tensor, places: list[list[int]]) -> None:
+        """Pages [lo, hi) lie at `places` (by group and page) of `data`."""
+        spec = load.spec
+        pages = spec.pages[lo:hi]
+        chunks = [page.chunk for page in pages]
+        wrong: set[int] = set()
+        for group, share in enumerate(self._shares.groups):
+            sums = self._shares.unpack(group, spec.blocks[group], chunks, data, places[group], spec.tokens[0])
+            load.loaded_bytes += len(pages) * share.bytes
+            for i, (page, found) in enumerate(zip(pages, sums, strict=True)):
+                if found != share.own_sums(page.checksums[group]):
+                    wrong.add(lo + i)
+        now_s = self._clock()
+        for i, page in enumerate(pages, lo):
+            if now_s > page.until_s:
+                self._cut(load, i, "lease_expired")
+            elif i in wrong:
+                self._cut(load, i, "corrupt")
+                self._tell_corrupt(spec.namespace, page)
+            else:
+                load.right.add(i)
+
+    def _tell_corrupt(self, namespace: bytes, page: PageSource) -> None:
+        logger.error("a page of chunk %d has wrong checksums; it is not used", page.chunk)
+        access = self._find(page.node)
+        if access is not None:
+            keys = b"".join(page_key(page.key, group) for group in range(len(self._shares.groups)))
+            access.link.tell(pw.Unpin(0, namespace, keys))
+
+    # --- ends ---
+
+    def _cut(self, load: _Load, index: int, reason: str, at_once: bool = False) -> None:
+        """Nothing from page `index` on."""
+        if index < load.stop or at_once:
+            load.stop, load.reason = min(index, load.stop), reason
+            self._counters[f"load:{reason}"] += 1
+        if at_once:
+            self._report(load)
+
+    def _end_if_over(self, load: _Load) -> None:
+        if load.next >= load.stop and load.flying == 0 and not load.reported:
+            self._report(load)
+        if load.reported and load.flying == 0 and load in self._loads:
+            self._loads.remove(load)
+
+    def _report(self, load: _Load) -> None:
+        load.reported = True
+        spec = load.spec
+        good = spec.tokens[0]
+        for i, page in enumerate(spec.pages[: load.stop]):
+            if i not in load.right:
+                break
+            good = min(spec.tokens[1], (page.chunk + 1) * self._shares.chunk_tokens)
+        reason = load.reason if good < spec.tokens[1] else ""
+        self._counters["loaded_bytes"] += load.loaded_bytes
+        self._counters["load:done" if not reason else "load:cut"] += 1
+        seconds = self._clock() - load.started_s
+        self._reports.append(LoadReport(spec.request_id, good, reason, load.loaded_bytes, seconds))

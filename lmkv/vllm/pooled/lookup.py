@@ -1,0 +1,330 @@
+"""Lookups: which pages of a prompt are in the pool, pinned where they are. A thread in the scheduler process.
+
+A lookup asks the host's own node first (a pin is the lookup), and at the same time a controller, or the other nodes
+where there is none. What the own node lacks comes from others. The engine thread asks with `seek`, and takes what is
+known when its time is over; pins that come later are given back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+
+import zmq
+
+from lmkv import poolwire as pw
+from lmkv.config import ConnectorSettings
+from lmkv.control.wake import Wake
+from lmkv.hashing import page_key
+from lmkv.ids import ENGINE_RANK, Incarnation
+from lmkv.pool.access import Me, NodeAccess
+from lmkv.pool.directory import Directory
+
+from ..specs import PageSource
+
+logger = logging.getLogger(__name__)
+
+LEASE_MORE_S = 2.0
+"""A lease outlives the load by this."""
+MOST_HOLDERS = 4
+SPLIT_PAGES = 4
+"""Fewer pages than this are not read from several nodes."""
+
+
+@dataclass(slots=True)
+class Lease:
+    node: Incarnation
+    lease: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """`node` was asked to pin the chunks from `first` on."""
+
+    node: Incarnation
+    first: int
+    pinned: pw.Pinned
+
+
+@dataclass(slots=True, eq=False)
+class Lookup:
+    """Owned by the thread until `done` is set; by the engine thread afterwards."""
+
+    namespace: bytes
+    keys: list[bytes]
+    asked_s: float
+    until_s: float
+    lease_s: float
+    first: int = 0
+    """Chunks before this one are not asked for."""
+    wait_s: float = 0.0
+    done: threading.Event = field(default_factory=threading.Event)
+    pages: list[PageSource] = field(default_factory=list)
+    leases: list[Lease] = field(default_factory=list)
+    below: int = 0
+    """So many pages more are in lower tiers of `below_node`, and up after about `below_s`."""
+    below_s: float = 0.0
+    answers: list[_Answer] = field(default_factory=list)
+    found: pw.Found | None = None
+    open: int = 0
+    extended: bool = False
+    why: str = ""
+    abandoned: bool = False
+
+    @property
+    def chunks(self) -> int:
+        """Chunks from the first on that are there."""
+        return self.first + len(self.pages)
+
+
+class Lookups:
+    """`seek`, `release`, `usable` from the engine or endpoint thread; the rest is the thread's."""
+
+    def __init__(self, settings: ConnectorSettings, groups: int, name: str) -> None:
+        self._settings = settings
+        self._groups = groups
+        self._name = name
+        self._wake = Wake()
+        self._stop = threading.Event()
+        self._asked: deque[Lookup] = deque()
+        self._released: deque[Lease] = deque()
+        self._usable: dict[Incarnation, bool] = {}
+        self._names: deque[tuple[bytes, str]] = deque()
+        self._open: list[Lookup] = []
+        self.counters: Counter[str] = Counter()
+        self._thread = threading.Thread(target=self._run, name="lmkv-lookups", daemon=True)
+        self._incarnation = Incarnation("")
+        self._directory: Directory | None = None
+
+    # --- any thread ---
+
+    def start(self, incarnation: Incarnation) -> None:
+        self._incarnation = incarnation
+        self._thread.start()
+
+    def declare(self, namespace: bytes, description: str) -> None:
+        self._names.append((namespace, description))
+        self._wake.set()
+
+    def usable(self, nodes: dict[Incarnation, bool]) -> None:
+        """What all ranks can load from, and whether they map it."""
+        self._usable = nodes
+
+    @property
+    def reachable(self) -> bool:
+        """There is a node that all ranks can load from."""
+        return bool(self._usable)
+
+    def seek(self, namespace: bytes, keys: list[bytes], first: int = 0, wait_s: float = 0.0) -> Lookup:
+        """`wait_s`: let pages of lower tiers come up for so long; otherwise an answer comes within `lookup_ms`."""
+        now_s = time.monotonic()
+        own = self._settings
+        until_s = now_s + (wait_s + 0.1 if wait_s else own.lookup_ms / 1e3)
+        lookup = Lookup(namespace, keys, now_s, until_s, own.load_s + wait_s + LEASE_MORE_S, first, wait_s)
+        self._asked.append(lookup)
+        self._wake.set()
+        return lookup
+
+    def abandon(self, lookup: Lookup) -> None:
+        """Nobody wants it any more, done or not."""
+        lookup.abandoned = True
+        if lookup.done.is_set():
+            self.release(lookup.leases)
+
+    def release(self, leases: list[Lease]) -> None:
+        """Twice is once."""
+        self._released += leases
+        self._wake.set()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        own = self._settings
+        me = Me(self._incarnation, ENGINE_RANK, self._name)
+        directory = self._directory = Directory(context, me, own.pool, own.controller, use_arenas=False)
+        poller, fds = zmq.Poller(), list[int]()
+        poller.register(self._wake.fd, zmq.POLLIN)
+        try:
+            while not self._stop.is_set():
+                if directory.fds_changed:
+                    directory.fds_changed = False
+                    for fd in fds:
+                        poller.unregister(fd)
+                    fds = directory.fds
+                    for fd in fds:
+                        poller.register(fd, zmq.POLLIN)
+                now_s = time.monotonic()
+                waits = [directory.next_s(now_s), *(lookup.until_s - now_s for lookup in self._open)]
+                poller.poll(int(max(0.0, min(1.0, *waits)) * 1000) + 1)
+                self._wake.clear()
+                self._work(directory)
+        finally:
+            for lookup in self._open:
+                self._finish(lookup, "closed")
+            self._give_back(directory)
+            directory.close()
+            context.term()
+            self._wake.close()
+
+    def _work(self, directory: Directory) -> None:
+        while self._names:
+            directory.declare(*self._names.popleft())
+        directory.tick(time.monotonic())
+        self._give_back(directory)
+        while self._asked:
+            self._begin(directory, self._asked.popleft())
+        now_s = time.monotonic()
+        for lookup in [lookup for lookup in self._open if now_s > lookup.until_s]:
+            self._plan(directory, lookup, late=True)
+
+    def _give_back(self, directory: Directory) -> None:
+        while self._released:
+            lease = self._released.popleft()
+            access = directory.find(lease.node)
+            if access is not None:
+                access.link.tell(pw.Unpin(lease.lease))
+
+    def _begin(self, directory: Directory, lookup: Lookup) -> None:
+        usable = self._usable
+        nodes = [access for access in directory.ready() if access.incarnation in usable]
+        own = [access for access in nodes if usable[access.incarnation]]
+        others = [access for access in nodes if not usable[access.incarnation]]
+        self._open.append(lookup)
+        controller = directory.controller(lookup.asked_s) if others else None
+        asked = own if controller is not None else [*own, *others]
+        if not asked and controller is None:
+            self._finish(lookup, "no_node")
+            return
+        lookup.open = len(asked) + (controller is not None)
+        for access in asked:
+            self._pin(directory, lookup, access, lookup.first, len(lookup.keys))
+        if controller is not None:
+            keys = self._page_keys(lookup, lookup.first, len(lookup.keys))
+
+            def found(answer: pw.Found | None) -> None:
+                lookup.found = answer
+                self._answered(directory, lookup)
+
+            controller.ask(
+                lambda token: pw.Lookup(token, lookup.namespace, keys), pw.Found, found, lookup.until_s + 1.0
+            )
+
+    def _pin(self, directory: Directory, lookup: Lookup, access: NodeAccess, lo: int, hi: int) -> None:
+        node, keys = access.incarnation, self._page_keys(lookup, lo, hi)
+
+        def pinned(answer: pw.Pinned | None) -> None:
+            if answer is not None and lookup.done.is_set():
+                self._released.append(Lease(node, answer.lease))  # it came too late
+                self._give_back(directory)
+                return
+            if answer is not None:
+                lookup.answers.append(_Answer(node, lo, answer))
+                if answer.lease:
+                    lookup.leases.append(Lease(node, answer.lease))
+            self._answered(directory, lookup)
+
+        access.link.ask(
+            lambda token: pw.Pin(
+                token, self._incarnation, ENGINE_RANK, lookup.namespace, keys, lookup.lease_s, lookup.wait_s
+            ),
+            pw.Pinned,
+            pinned,
+            lookup.until_s + 5.0,  # an answer that is late has a lease to be given back
+        )
+
+    def _answered(self, directory: Directory, lookup: Lookup) -> None:
+        lookup.open -= 1
+        if lookup.open == 0 and not lookup.done.is_set():
+            self._plan(directory, lookup)
+
+    # --- what to load from where ---
+
+    def _plan(self, directory: Directory, lookup: Lookup, late: bool = False) -> None:
+        """All have answered, or the time is over."""
+        runs = [self._pages(lookup, answer) for answer in lookup.answers]
+        own = [run for run, answer in zip(runs, lookup.answers, strict=True) if self._usable.get(answer.node)]
+        others = [run for run, answer in zip(runs, lookup.answers, strict=True) if not self._usable.get(answer.node)]
+        if not lookup.extended:
+            lookup.pages = max(own, key=len, default=[])
+            if not late and self._extend(directory, lookup):
+                return
+            self._take_from_others(lookup, others)
+        else:
+            for run in sorted((run for run in others if run), key=lambda run: run[0].chunk):
+                lookup.pages += run if run[0].chunk == lookup.chunks else []
+        lowest = max(lookup.answers, key=lambda answer: answer.pinned.below, default=None)
+        if lowest is not None and lowest.pinned.below:
+            lookup.below, lookup.below_s = lowest.pinned.below // self._groups, lowest.pinned.below_s
+        self._finish(lookup, "late" if late and not lookup.pages else "")
+
+    def _extend(self, directory: Directory, lookup: Lookup) -> bool:
+        """A controller has told who has what the own node lacks: pin it there. False: nothing to be had."""
+        at = lookup.chunks
+        if lookup.found is None or at >= len(lookup.keys):
+            return False
+        skip = len(lookup.pages) * self._groups
+        lengths: dict[Incarnation, int] = {}
+        for holder in lookup.found.holders:
+            if self._usable.get(holder.incarnation, True) or directory.find(holder.incarnation) is None:
+                continue
+            row = holder.tiers[skip:]
+            run = next((i for i, tiers in enumerate(row) if not tiers & pw.Tier.DRAM), len(row))
+            lengths[holder.incarnation] = run // self._groups
+        longest = max(lengths.values(), default=0)
+        if longest == 0:
+            return False
+        holders = [node for node, length in lengths.items() if length == longest][:MOST_HOLDERS]
+        if longest < SPLIT_PAGES:
+            holders = holders[:1]
+        lookup.extended, lookup.answers = True, []
+        lookup.open = len(holders)
+        cuts = [at + longest * i // len(holders) for i in range(len(holders) + 1)]
+        for node, lo, hi in zip(holders, cuts, cuts[1:], strict=True):
+            access = directory.find(node)
+            assert access is not None
+            self._pin(directory, lookup, access, lo, hi)
+        return True
+
+    def _take_from_others(self, lookup: Lookup, runs: list[list[PageSource]]) -> None:
+        """No controller: other nodes have been asked for everything. Those with the longest run share what is left."""
+        have = len(lookup.pages)
+        longest = max((len(run) for run in runs), default=0)
+        if longest <= have:
+            return
+        best = [run for run in runs if len(run) == longest][:MOST_HOLDERS]
+        if longest - have < SPLIT_PAGES:
+            best = best[:1]
+        for i in range(have, longest):
+            lookup.pages.append(best[(i - have) * len(best) // (longest - have)][i])
+
+    def _pages(self, lookup: Lookup, answer: _Answer) -> list[PageSource]:
+        """Whole chunks of an answer: all groups of each."""
+        until_s = lookup.asked_s + answer.pinned.lease_s
+        found = []
+        for i in range(len(answer.pinned.pages) // self._groups):
+            pages = answer.pinned.pages[i * self._groups : (i + 1) * self._groups]
+            chunk = answer.first + i
+            offsets, sums = tuple(page.offset for page in pages), tuple(page.checksums for page in pages)
+            found.append(PageSource(chunk, lookup.keys[chunk], answer.node, until_s, offsets, sums))
+        return found
+
+    def _finish(self, lookup: Lookup, why: str) -> None:
+        lookup.why = why
+        if lookup in self._open:
+            self._open.remove(lookup)
+        lookup.done.set()
+        if lookup.abandoned:
+            self.release(lookup.leases)
+
+    def _page_keys(self, lookup: Lookup, lo: int, hi: int) -> bytes:
+        return b"".join(page_key(key, group) for key in lookup.keys[lo:hi] for group in range(self._groups))

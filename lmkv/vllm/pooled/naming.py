@@ -1,0 +1,42 @@
+"""Which requests have names in the pool, and what else than tokens is in the name."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+from lmkv.hashing import Extra
+
+from .adapters import Adapters
+
+
+def exclusion(request: Any, approximate: bool) -> str:
+    """Why the request neither loads from the pool nor stores, or ""."""
+    if approximate:
+        return "approximate"
+    if request.pooling_params is not None:
+        return "pooling"
+    if request.prompt_token_ids is None and request.prompt_embeds is None:
+        return "no_tokens"
+    if getattr(request, "resumable", False):
+        return "resumable"
+    return ""
+
+
+def request_extras(request: Any, adapters: Adapters) -> tuple[Extra, ...] | None:
+    """None: something that its KV depends on is not known (yet)."""
+    extras = []
+    if request.lora_request is not None:
+        content = adapters.content(request.lora_request)
+        if content is None:
+            return None
+        extras.append(Extra(0, 0, b"lora:" + content))
+    for feature in request.mm_features or ():
+        place = feature.mm_position
+        content = f"mm:{feature.modality}:{feature.identifier}".encode()
+        extras.append(Extra(place.offset, place.offset + place.length, content))
+    if request.prompt_embeds is not None:
+        embeds = request.prompt_embeds.detach().cpu().contiguous()
+        digest = hashlib.blake2b(embeds.view(-1).numpy().tobytes(), digest_size=16).digest()
+        extras.append(Extra(0, 0, b"embeds:" + digest))
+    return tuple(extras)

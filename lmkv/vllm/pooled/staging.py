@@ -1,0 +1,66 @@
+"""Registered memory through which pages of remote nodes pass. Loop thread only."""
+
+from __future__ import annotations
+
+import torch
+
+from lmkv.transport import Extents, MemoryKind, Region
+
+
+class Staging:
+    """`count` slots of `slot_bytes`. Stores may take `for_stores` of them at most, so that loads need not wait."""
+
+    def __init__(self, staging_bytes: int, slot_bytes: int, device: torch.device) -> None:
+        self.slot_bytes = -(-slot_bytes // 4096) * 4096
+        self.count = staging_bytes // self.slot_bytes
+        self.data = torch.empty(self.count * self.slot_bytes, dtype=torch.uint8, device=device)
+        self._free = list(range(self.count - 1, -1, -1))
+        self._stores_left = max(1, self.count // 2)
+        self._of_stores: set[int] = set()
+
+    def region(self) -> Region:
+        device = self.data.device
+        kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
+        return Region(int(self.data.data_ptr()), self.data.numel(), kind, device.index or 0, self.data)
+
+    def take(self, for_store: bool = False) -> int | None:
+        if not self._free or (for_store and self._stores_left == 0):
+            return None
+        slot = self._free.pop()
+        if for_store:
+            self._stores_left -= 1
+            self._of_stores.add(slot)
+        return slot
+
+    def give_back(self, slots: list[int]) -> None:
+        """Nothing reads or writes them any more."""
+        for slot in slots:
+            if slot in self._of_stores:
+                self._of_stores.discard(slot)
+                self._stores_left += 1
+            self._free.append(slot)
+
+    @property
+    def idle(self) -> bool:
+        return len(self._free) == self.count
+
+    def offset(self, slot: int) -> int:
+        return slot * self.slot_bytes
+
+    @property
+    def can_store(self) -> bool:
+        return bool(self._free) and self._stores_left > 0
+
+    def can_load(self, slots: int) -> bool:
+        return len(self._free) >= slots
+
+    def extents(self, slots: list[int], size: int) -> Extents:
+        """`size` bytes of each slot."""
+        return self.rows([(slot, size) for slot in slots])
+
+    def rows(self, table: list[tuple[int, int]]) -> Extents:
+        """(slot, bytes)"""
+        device = self.data.device
+        kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
+        base = int(self.data.data_ptr())
+        return Extents.of(*((base + self.offset(s), size) for s, size in table), device=device.index or 0, kind=kind)

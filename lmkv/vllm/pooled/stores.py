@@ -1,0 +1,289 @@
+"""Storing: chunks of the engine's blocks packed into pages of a pool node. Loop thread only.
+
+A store never holds anything up: what finds no node, no slot, or no staging in time is dropped and counted. The blocks
+of a request have to stay until its stores have been packed (`take_packed`), not until they are committed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from lmkv import poolwire as pw
+from lmkv.errors import LmkvError, TransportError
+from lmkv.hashing import page_key
+from lmkv.ids import Incarnation, Rank, RequestId
+from lmkv.kernels.paging import Sums
+from lmkv.pool.access import NodeAccess, Reach
+from lmkv.poolwire import Refusal
+from lmkv.transport import OpId
+
+from ..specs import StoreSpec
+from .shares import Shares
+from .staging import Staging
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 5.0
+"""A store that has not been packed by then is dropped: its blocks are wanted."""
+ANSWER_S = 30.0
+SLICE_BYTES = 8 << 20
+"""So much is packed before transfers get their turn again."""
+MOST_QUEUED_CHUNKS = 8192
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    """One spec: `left` of its groups are still to be packed."""
+
+    spec: StoreSpec
+    left: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    """One group of a batch, at one node."""
+
+    batch: _Batch
+    group: int
+    access: NodeAccess
+    node: Incarnation
+    until_s: float
+    slots: list[tuple[int, pw.Slot]] = field(default_factory=list)
+    """(chunk, slot) still to be packed."""
+
+    @property
+    def spec(self) -> StoreSpec:
+        return self.batch.spec
+
+
+@dataclass(slots=True)
+class _Write:
+    """Packed into staging and on its way."""
+
+    job: _Job
+    chunks: list[tuple[int, pw.Slot]]
+    sums: list[Sums]
+    slots: list[int]
+
+
+class Stores:
+    """`arena(access)` gives the mapped arena of a LOCAL node as a tensor."""
+
+    def __init__(
+        self,
+        incarnation: Incarnation,
+        rank: Rank,
+        shares: Shares,
+        staging: Staging,
+        arena: Callable[[NodeAccess], torch.Tensor],
+        counters: Counter[str],
+    ) -> None:
+        self._writer = (incarnation, rank)
+        self._shares = shares
+        self._staging = staging
+        self._arena = arena
+        self._counters = counters
+        self._ready: deque[_Job] = deque()
+        self._asked: list[_Job] = []
+        self._writes: dict[OpId, _Write] = {}
+        self._packed_specs: list[RequestId] = []
+        self._unanswered = 0
+
+    # --- questions ---
+
+    def take_packed(self) -> list[RequestId]:
+        """One entry for each spec whose blocks are read no more, whatever became of it."""
+        packed, self._packed_specs = self._packed_specs, []
+        return packed
+
+    @property
+    def idle(self) -> bool:
+        """Everything is packed, written and committed."""
+        return not (self._ready or self._asked or self._writes or self._unanswered)
+
+    @property
+    def has_work(self) -> bool:
+        """`work` would do something now."""
+        return any(self._workable(job) for job in self._ready)
+
+    # --- in ---
+
+    def submit(self, spec: StoreSpec, access: NodeAccess | None, now_s: float) -> None:
+        if not self._shares.stores or access is None or self._is_full():
+            if self._shares.stores:
+                self._counters["store:no_node" if access is None else "store:queue_full"] += len(spec.keys)
+            self._packed_specs.append(spec.request_id)
+            return
+        batch = _Batch(spec, len(self._shares.groups))
+        for group, share in enumerate(self._shares.groups):
+            job = _Job(batch, group, access, access.incarnation, now_s + PATIENCE_S)
+            keys = b"".join(page_key(key, group) for key in spec.keys)
+            self._asked.append(job)
+            self._unanswered += 1
+            access.link.ask(
+                lambda token, keys=keys, share=share: pw.Reserve(  # type: ignore[misc]
+                    token, *self._writer, spec.namespace, keys, share.page_bytes, share.shards, share.shard
+                ),
+                pw.Reserved,
+                lambda answer, job=job: self._reserved(job, answer, now_s),  # type: ignore[misc]
+                now_s + ANSWER_S,
+            )
+
+    def _is_full(self) -> bool:
+        return sum(len(job.spec.keys) for job in self._ready) > MOST_QUEUED_CHUNKS
+
+    def _reserved(self, job: _Job, answer: pw.Reserved | None, asked_s: float) -> None:
+        self._unanswered -= 1
+        late = job not in self._asked
+        if not late:
+            self._asked.remove(job)
+        if answer is None or len(answer.slots) != len(job.spec.keys):
+            self._counters["store:unanswered"] += len(job.spec.keys)
+            if not late:
+                self._packed(job)
+            return
+        for chunk, slot in enumerate(answer.slots, job.spec.first):
+            if slot.refusal is Refusal.NONE:
+                job.slots.append((chunk, slot))
+            else:
+                self._counters[f"store:{slot.refusal.name.lower()}"] += 1
+        if late:
+            self._abandon(job, job.slots)
+            return
+        job.until_s = min(job.until_s, asked_s + answer.lease_s)
+        if job.slots:
+            self._ready.append(job)
+        else:
+            self._packed(job)
+
+    def drop(self, request_ids: tuple[RequestId, ...]) -> None:
+        """Their blocks are about to be overwritten: nothing more is read from them."""
+        for job in [j for j in [*self._ready, *self._asked] if j.spec.request_id in request_ids]:
+            self._give_up(job, "preempted")
+
+    # --- work ---
+
+    def work(self, now_s: float) -> None:
+        """Pack a slice. Call again while `has_work`."""
+        for late in [j for j in [*self._ready, *self._asked] if now_s > j.until_s]:
+            self._give_up(late, "late")
+        job = next((job for job in self._ready if self._workable(job)), None)
+        if job is None:
+            return
+        if job.access.incarnation != job.node:
+            self._give_up(job, "node_lost")
+            return
+        size = self._shares.groups[job.group].bytes
+        batch = job.slots[: max(1, SLICE_BYTES // size)]
+        try:
+            if job.access.reach is Reach.LOCAL:
+                self._pack_here(job, batch, now_s)
+            else:
+                batch = self._pack_and_send(job, batch, size)
+        except LmkvError as error:
+            logger.warning("a store failed: %s", error)
+            self._give_up(job, "failed")
+            return
+        del job.slots[: len(batch)]
+        if not job.slots:
+            self._ready.remove(job)
+            self._packed(job)
+
+    def _workable(self, job: _Job) -> bool:
+        return job.access.reach is not Reach.REMOTE or job.access.incarnation != job.node or self._staging.can_store
+
+    def _pack_here(self, job: _Job, batch: list[tuple[int, pw.Slot]], now_s: float) -> None:
+        share = self._shares.groups[job.group]
+        offsets = [slot.offset + share.offset_bytes for _, slot in batch]
+        sums = self._pack(job, batch, self._arena(job.access), offsets)
+        self._commit(job, batch, sums, now_s)
+
+    def _pack_and_send(self, job: _Job, batch: list[tuple[int, pw.Slot]], size: int) -> list[tuple[int, pw.Slot]]:
+        """Returns what there was staging for. Raises TransportError."""
+        slots: list[int] = []
+        while len(slots) < len(batch) and (slot := self._staging.take(for_store=True)) is not None:
+            slots.append(slot)
+        batch = batch[: len(slots)]
+        share = self._shares.groups[job.group]
+        sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
+        rows = [(slot.offset + share.offset_bytes, size) for _, slot in batch]
+        try:
+            op = job.access.write(self._staging.extents(slots, size), rows)
+        except TransportError:
+            self._staging.give_back(slots)
+            raise
+        self._writes[op] = _Write(job, batch, sums, slots)
+        return batch
+
+    def _pack(self, job: _Job, batch: list[tuple[int, pw.Slot]], data: torch.Tensor, offsets: list[int]) -> list[Sums]:
+        blocks = job.spec.blocks[job.group]
+        self._counters["stored_bytes"] += len(batch) * self._shares.groups[job.group].bytes
+        return self._shares.pack(job.group, blocks, [chunk for chunk, _ in batch], data, offsets)
+
+    def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
+        """True: it was one of ours."""
+        write = self._writes.pop(op, None)
+        if write is None:
+            return False
+        self._staging.give_back(write.slots)
+        if error is None:
+            self._commit(write.job, write.chunks, write.sums, now_s)
+        else:
+            self._counters["store:failed"] += len(write.chunks)
+            self._abandon(write.job, write.chunks)
+        return True
+
+    def _commit(self, job: _Job, batch: list[tuple[int, pw.Slot]], sums: list[Sums], now_s: float) -> None:
+        if job.access.incarnation != job.node:
+            self._counters["store:node_lost"] += len(batch)
+            return
+        spec, shard = job.spec, self._shares.groups[job.group].shard
+        keys = self._keys(job, batch)
+        generations = tuple(slot.generation for _, slot in batch)
+        self._unanswered += 1
+        job.access.link.ask(
+            lambda token: pw.Commit(token, *self._writer, spec.namespace, keys, generations, shard, tuple(sums)),
+            pw.Committed,
+            lambda answer: self._committed(answer, len(batch)),
+            now_s + PATIENCE_S,
+        )
+
+    def _committed(self, answer: pw.Committed | None, count: int) -> None:
+        self._unanswered -= 1
+        if answer is None:
+            self._counters["store:unanswered"] += count
+            return
+        for refusal in answer.refusals:
+            self._counters["stored" if refusal is Refusal.NONE else f"store:{refusal.name.lower()}"] += 1
+
+    # --- ends ---
+
+    def _give_up(self, job: _Job, why: str) -> None:
+        self._counters[f"store:{why}"] += len(job.slots) if job in self._ready else len(job.spec.keys)
+        if job in self._ready:
+            self._ready.remove(job)
+            self._abandon(job, job.slots)
+        else:
+            self._asked.remove(job)  # its slots are abandoned when the answer comes
+        self._packed(job)
+
+    def _abandon(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> None:
+        """Nothing of ours can land in these slots (any more)."""
+        if batch and job.access.incarnation == job.node:
+            generations = tuple(slot.generation for _, slot in batch)
+            job.access.link.tell(
+                pw.Abandon(*self._writer, job.spec.namespace, self._keys(job, batch), generations, True)
+            )
+
+    def _packed(self, job: _Job) -> None:
+        job.batch.left -= 1
+        if job.batch.left == 0:
+            self._packed_specs.append(job.spec.request_id)
+
+    def _keys(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> bytes:
+        return b"".join(page_key(job.spec.keys[chunk - job.spec.first], job.group) for chunk, _ in batch)
