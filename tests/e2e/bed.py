@@ -19,6 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import zmq
+
+from lmkv import poolwire as pw
+from lmkv.control.client import ControlClient
+from lmkv.pool.link import Link
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("LMKV_MODELS", ROOT / "models"))
@@ -159,6 +164,53 @@ class Router:
 
 
 @dataclass(slots=True)
+class Node:
+    """A pool node."""
+
+    address: str
+    proc: Proc
+
+    @classmethod
+    def start(cls, name: str, run: Path, *args: str, port: int = 0, env: dict[str, str] | None = None) -> Node:
+        address = f"tcp://127.0.0.1:{port or free_port()}"
+        share = run / f"{name}.sock"
+        command = [str(ROOT / "scripts/launch_pool.sh"), "--listen", address, "--name", name, "--capacity", "512MiB"]
+        return cls(address, spawn(name, [*command, "--share", str(share), *args], run, env))
+
+    def wait_ready(self) -> None:
+        deadline = time.monotonic() + 60
+        while "lmkv pool ready" not in self.proc.log.read_text():
+            self.proc.check()
+            assert time.monotonic() < deadline, f"{self.proc.name} is not ready:\n{self.proc.tail()}"
+            time.sleep(0.05)
+
+    def stats(self) -> dict[str, Any]:
+        context = zmq.Context()
+        link = Link(context, self.address)
+        answers: list[pw.StatsAre | None] = []
+        try:
+            link.ask(pw.Stats, pw.StatsAre, answers.append, time.monotonic() + 5)
+            while not answers:
+                link.receive(time.monotonic())
+                time.sleep(0.001)
+        finally:
+            link.close()
+            context.term()
+        assert answers[0] is not None, f"{self.proc.name} does not answer:\n{self.proc.tail()}"
+        told: dict[str, Any] = json.loads(answers[0].stats)
+        return told
+
+
+async def counters(engine: Engine) -> dict[str, int]:
+    """What the engine's connector has counted."""
+    client = ControlClient()
+    try:
+        return (await client.describe(engine.control, deadline_s=10)).counters
+    finally:
+        await client.close()
+
+
+@dataclass(slots=True)
 class Reply:
     """One answer of a completions or chat request."""
 
@@ -271,7 +323,7 @@ async def eventually(probe: Callable[[], Awaitable[Any]], what: str, deadline_s:
 
 
 @contextlib.contextmanager
-def stopping(*things: Engine | Router) -> Iterator[None]:
+def stopping(*things: Engine | Router | Node) -> Iterator[None]:
     """Stop them all on the way out, and check that no process of theirs is left."""
     try:
         yield
