@@ -15,8 +15,8 @@ from .segments import Segment
 
 
 class Change(ABC):
-    """`write` runs inside a transaction that it may share with others, `apply` after its commit with the lock of `Pages`
-    held; `undo` instead, when there was none."""
+    """`write` runs inside a transaction that it may share with others, `apply` after its commit, with the lock of
+    `Pages` held; `undo` instead, when there was none."""
 
     synced_point: ClassVar[str] = ""
     committed_point: ClassVar[str] = ""
@@ -99,9 +99,8 @@ class RemovePrefix(Change):
 
     def write(self, db: sqlite3.Connection) -> None:
         end = self.prefix + b"\xff" * 64
-        self._keys = [
-            key for (key,) in db.execute("SELECT key FROM pages WHERE key BETWEEN ? AND ?", (self.prefix, end))
-        ]
+        rows = db.execute("SELECT key FROM pages WHERE key BETWEEN ? AND ?", (self.prefix, end))
+        self._keys = [key for (key,) in rows]
         db.execute("DELETE FROM pages WHERE key BETWEEN ? AND ?", (self.prefix, end))
 
     def apply(self, pages: Pages) -> None:

@@ -21,8 +21,8 @@ class Compaction:
         self._buffers = buffers
 
     def copy(self, segment: Segment) -> Moved | None:
-        """Copies in pending slots, by key: from where, to where. None: there was not enough room after all; everything is
-        as before. What turns out damaged is left out."""
+        """Copies in pending slots, by key: from where, to where. None: there was not enough room after all, and
+        everything is as before. What turns out damaged is left out."""
         faults.point("compact:before")
         moved: Moved = {}
         try:

@@ -134,7 +134,8 @@ class DiskTier(StoreTier):
                     self._counts.add("got_bytes", header.meta.page_bytes)
                     return header.meta
                 if self._pages.is_at(key, place):
-                    return self._bad(key, place, header)
+                    self._bad(key, place, header)
+                    return None
             raise TierError(
                 f"page {key.hex()} was replaced {READ_ATTEMPTS} times while it was read", hint="read it again"
             )
@@ -155,7 +156,7 @@ class DiskTier(StoreTier):
 
     def scan(self) -> Iterator[tuple[bytes, PageMeta]]:
         with self._call():
-            yield from self._index.scan(self._key_id)
+            return self._index.scan(self._key_id)
 
     def describe(self, namespace: bytes, description: str) -> None:
         with self._call():

@@ -1,8 +1,8 @@
 """The index of a disk tier: a sqlite database, and one commit for all who ask at the same time.
 
 Whoever comes first leads: it syncs the files of all changes that wait, writes their rows in one transaction, commits
-(WAL, synchronous=FULL: the commit itself is on the disk), and lets them count in memory; the others wait for it. So rows
-are never committed before the bytes they point to, and a freed slot is never lent before its row is gone.
+(WAL, synchronous=FULL: the commit itself is on the disk), and lets them count in memory; the others wait for it. So
+rows are never committed before the bytes they point to, and a freed slot is never lent before its row is gone.
 """
 
 from __future__ import annotations

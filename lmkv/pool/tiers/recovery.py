@@ -1,8 +1,8 @@
 """Opening a disk tier: what the index says against what is in the slots.
 
 A row counts when its slot's header is whole and says the same; every other row is dropped (`torn`). Files without a row
-are removed, slots without one are free. The payloads are checked when they are read. An index that cannot be read is set
-aside, and the tier starts empty: which pages had been dropped was written nowhere else.
+are removed, slots without one are free. The payloads are checked when they are read. An index that cannot be read is
+set aside, and the tier starts empty: which pages had been dropped was written nowhere else.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class Recovery:
 
     def _take(self, segment: Segment, row: _Row) -> bool:
         """Let the row count. False: another has its slot."""
-        key, _, slot, generation, page_bytes, _, key_id = row
+        key, _, slot, generation, page_bytes, _, _ = row
         if segment.keys[slot] is not None:
             return False
         with self._pages.lock:

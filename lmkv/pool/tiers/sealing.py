@@ -1,7 +1,7 @@
 """Encryption at rest: AES-256-GCM, one random nonce a write, bound to the object key and the page's meta.
 
-The key comes from a file or from a setting; its id, a hash cut short, stands in each header, so a page of another key is
-told from a damaged one.
+The key comes from a file or from a setting; its id, a hash cut short, stands in each header, so a page of another key
+is told from a damaged one.
 """
 
 from __future__ import annotations
