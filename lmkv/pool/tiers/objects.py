@@ -193,7 +193,7 @@ class ObjectTier(StoreTier):
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """What a store says as TierError, but for what is not there: FileNotFoundError."""
+        """What a store says as TierError, but FileNotFoundError for what is not there."""
         if self._closed:
             raise TierError("the object tier is closed")
         try:
@@ -206,13 +206,10 @@ class ObjectTier(StoreTier):
 
     def _put(self, name: str, record: memoryview) -> None:
         """`record` is given away: a store in memory keeps it."""
-        try:
-            with self._errors(f"{name} cannot be written"):
-                self._obstore.put(self._store, name, record, use_multipart=False)
-                if self._directory is not None:
-                    _sync(self._directory, name)
-        except FileNotFoundError as error:
-            raise TierError(f"{self.url}: {name} cannot be written: {_said(error)}") from error
+        with self._errors(f"{name} cannot be written"):
+            self._obstore.put(self._store, name, record, use_multipart=False)
+            if self._directory is not None:
+                _sync(self._directory, name)
 
     def _list(self, namespace: bytes) -> Iterator[list[tuple[bytes, int]]]:
         """Keys and sizes."""
@@ -368,9 +365,12 @@ def _config(scheme: str, endpoint: str, region: str) -> dict[str, Any]:
 
 
 def _sync(directory: Path, name: str) -> None:
-    """A file that was put, and the names on the way to it, are on the disk."""
+    """A file that was put, and the names on the way to it, are on the disk. If it was dropped since, it need not be."""
     path = directory / name
-    fd = os.open(path, os.O_RDONLY)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return
     try:
         os.fsync(fd)
     finally:
