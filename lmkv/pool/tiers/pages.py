@@ -128,7 +128,7 @@ class Pages:
             if size_class is None or not size_class.with_free:
                 return None
             segment = next(iter(size_class.with_free.values()))
-            slot = segment.free.pop()
+            slot = segment.free.popleft()
             segment.pending += 1
             if not segment.free:
                 del size_class.with_free[segment.number]

@@ -96,7 +96,7 @@ class Recovery:
                 self._counts.add("segments_cut")
                 db.execute("UPDATE segments SET slots=? WHERE number=?", (segment.slots, number))
             found[number] = segment
-            segment.free = []
+            segment.free.clear()
             with self._pages.lock:
                 self._pages.add_segment_locked(segment)
         return found
@@ -165,7 +165,7 @@ class Recovery:
     def _set_free(self, segments: Iterable[Segment]) -> None:
         for segment in segments:
             with self._pages.lock:
-                segment.free = [slot for slot in range(segment.slots - 1, -1, -1) if segment.keys[slot] is None]
+                segment.free.extend(slot for slot, key in enumerate(segment.keys) if key is None)
                 self._pages.reopen_locked(segment)
 
     def _remove_strays(self, found: dict[int, Segment]) -> None:

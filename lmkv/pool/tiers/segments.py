@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,7 +41,8 @@ class Segment:
         """Of the live slots."""
         self.used = bytearray(slots)
         """Read since the hand last came by."""
-        self.free = list(range(slots - 1, -1, -1))
+        self.free = deque(range(slots))
+        """The next to be used comes first: who was freed first, so that pages stay in order of age."""
         self.pending = 0
         self.readers = 0
         self.closing = False
