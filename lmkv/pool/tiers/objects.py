@@ -122,7 +122,7 @@ class ObjectTier(StoreTier):
                     record = memoryview(found.bytes())
                 else:
                     record = memoryview(self._obstore.get_range(self._store, name, start=0, end=HEADER_BYTES))
-        except FileNotFoundError:
+        except _AbsentError:
             self._counts.add("misses")
             return None
         header = self._check(key, size, record)
@@ -193,13 +193,13 @@ class ObjectTier(StoreTier):
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:
-        """What a store says as TierError, but FileNotFoundError for what is not there."""
+        """What a store says as TierError, and as _AbsentError for what is not there."""
         if self._closed:
             raise TierError("the object tier is closed")
         try:
             yield
-        except FileNotFoundError:
-            raise
+        except FileNotFoundError as error:
+            raise _AbsentError(f"{self.url}: {what}: {_said(error)}", hint="is the bucket there?") from error
         except (OSError, self._obstore.exceptions.BaseError) as error:
             hint = "is the store reachable, and are its settings right?"
             raise TierError(f"{self.url}: {what}: {_said(error)}", hint=hint) from error
@@ -227,7 +227,7 @@ class ObjectTier(StoreTier):
             with self._errors("an object cannot be looked up"):
                 size: int = self._obstore.head(self._store, object_name(key))["size"]
                 return size
-        except FileNotFoundError:
+        except _AbsentError:
             return None
 
     def _delete(self, sizes: dict[bytes, int]) -> int:
@@ -256,7 +256,7 @@ class ObjectTier(StoreTier):
             with self._errors(f"the description of {namespace} cannot be read"):
                 text = self._obstore.get(self._store, f"{namespace}/{_DESCRIPTION}").bytes()
             return bytes(text).decode("utf-8", "replace")
-        except FileNotFoundError:
+        except _AbsentError:
             return None
 
     def _read_header(self, key: bytes, size: int) -> Header | None:
@@ -269,7 +269,7 @@ class ObjectTier(StoreTier):
                     if header is not None and header.key == key and header.meta.page_bytes == size - HEADER_BYTES:
                         return header
                 self._delete_one(object_name(key))
-        except FileNotFoundError:
+        except _AbsentError:
             return None
         self._counts.add("torn")
         return None
@@ -301,6 +301,10 @@ class ObjectTier(StoreTier):
     def _use(self, size: int) -> None:
         with self._used_lock:
             self._used_bytes = max(0, self._used_bytes + size)
+
+
+class _AbsentError(TierError):
+    pass
 
 
 def _obstore() -> Any:
@@ -338,14 +342,14 @@ def _open_store(
             return store.MemoryStore()
         if scheme not in ("s3", "gs", "az"):
             raise ConfigError(f"{url!r} is no object store", hint="s3://, gs://, az://, file:/// or memory://")
-        # A last try may begin when half of the time is over, and lasts at most the other half.
-        half = timedelta(seconds=timeout_s / 2)
-        backoff = {"init_backoff": timedelta(seconds=timeout_s / 100), "max_backoff": half / 4, "base": 2}
+        # A last try may begin when six tenths of the time are over, and lasts at most the other four.
+        once, again = timedelta(seconds=timeout_s * 0.4), timedelta(seconds=timeout_s * 0.6)
+        backoff = {"init_backoff": timedelta(seconds=timeout_s / 100), "max_backoff": again / 6, "base": 2}
         return store.from_url(
             url,
             config=_config(scheme, endpoint, region),
-            client_options={"timeout": half, "connect_timeout": half, "allow_http": allow_http},
-            retry_config={"max_retries": RETRIES, "retry_timeout": half, "backoff": backoff},
+            client_options={"timeout": once, "connect_timeout": once, "allow_http": allow_http},
+            retry_config={"max_retries": RETRIES, "retry_timeout": again, "backoff": backoff},
         )
     except (OSError, ValueError, TypeError, importlib.import_module("obstore.exceptions").BaseError) as error:
         raise ConfigError(f"the object store {url!r} cannot be opened: {_said(error)}") from error
