@@ -48,6 +48,11 @@ def arm(setting: str) -> None:
     _armed, _left = name, int(count) if setting else 0
 
 
+def armed(name: str) -> bool:
+    """Whether `name` may kill: a step that has no inside of its own is then done in two."""
+    return name == _armed
+
+
 def point(name: str) -> None:
     """Here. Any thread."""
     global _left

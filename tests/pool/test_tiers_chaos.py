@@ -1,0 +1,123 @@
+"""Processes killed at every point of a tier: what they were promised is there, and nothing else ever is.
+
+LMKV_CHAOS_ROUNDS sets how many (40), LMKV_CHAOS_SEED which.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lmkv.pool import faults
+from lmkv.pool.tiers.base import StoreTier
+
+from .tier_victim import KEYS, THREADS, key_at, open_tier, read
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUNDS = int(os.environ.get("LMKV_CHAOS_ROUNDS", "40"))
+SEED = int(os.environ.get("LMKV_CHAOS_SEED", "1"))
+DISK_POINTS = [
+    *("spill:before_write", "spill:half_written", "spill:written", "spill:synced", "spill:indexed"),
+    *("promote:before_read", "promote:read"),
+    *("compact:before", "compact:half_copied", "compact:copied", "compact:switched"),
+    *("drop:before", "drop:unindexed"),
+]
+OBJECT_POINTS = ["object:before_put", "object:put"]
+TIMES = {"compact:before": 3, "compact": 1, "drop": 6, "promote": 10}
+"""How often a point is passed at most before it kills, where that is less than 40."""
+CHAIN = 4
+"""Rounds on one directory, one after the other."""
+
+State = dict[tuple[int, int], set[int | None]]
+"""By thread and number: the versions that may be there."""
+
+
+@dataclass
+class Tally:
+    killed: Counter[str] = field(default_factory=Counter)
+    promised: int = 0
+    checked: int = 0
+    torn: int = 0
+
+
+def run_victim(where: str, seed: int, capacity_bytes: int, sealed: bool, kill_at: str) -> tuple[bool, list[str]]:
+    """Whether it was killed, and the whole lines it wrote."""
+    command = [sys.executable, "-m", "tests.pool.tier_victim", where, str(seed), str(capacity_bytes), str(int(sealed))]
+    environment = os.environ | {faults.VARIABLE: kill_at}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    assert done.stderr == ""
+    return done.returncode != 0, done.stdout.splitlines()
+
+
+def follow(state: State, lines: list[str], tally: Tally) -> None:
+    for line in lines:
+        if line == "end":
+            continue
+        mark, thread, number, what = line.split()
+        at = (int(thread), int(number))
+        version = None if what == "gone" else int(what)
+        if mark == "?":
+            state[at] = state[at] | {version}
+        else:
+            state[at] = {version}
+            tally.promised += version is not None
+
+
+def check(tier: StoreTier, state: State, may_be_gone: bool, tally: Tally) -> None:
+    """Every page is one of those that may be there; from now on it is that one."""
+    listed = {key for key, _ in tier.scan()}
+    for (thread, number), allowed in state.items():
+        key = key_at(thread, number)
+        version = read(tier, key)
+        assert version in allowed | ({None} if may_be_gone else set()), (thread, number, version, allowed)
+        assert (version is not None) == (key in listed)
+        state[thread, number] = {version}
+        tally.checked += 1
+    assert len(listed) == sum(versions != {None} for versions in state.values())
+    assert tier.counters()["corrupt"] == 0
+
+
+def chains(where: Path, points: list[str], rounds: int, kind: str) -> Tally:
+    source = random.Random(SEED)
+    tally = Tally()
+    state: State = {}
+    for number in range(rounds):
+        if number % CHAIN == 0:
+            state = {(thread, key): {None} for thread in range(THREADS) for key in range(KEYS)}
+            capacity_bytes, sealed = source.choice([0, 0, 3 << 20]), source.random() < 0.25
+            place = str(where / f"{number}") if kind == "disk" else f"file://{where}/{number}"
+        point = points[number % len(points)]
+        count = source.randint(1, TIMES.get(point, TIMES.get(point.partition(":")[0], 40)))
+        seed = SEED * 10_000 + number
+        print(f"round {number}: seed {seed}, {point}:{count}, capacity {capacity_bytes}, sealed {sealed}")
+        killed, lines = run_victim(place, seed, capacity_bytes, sealed, f"{point}:{count}")
+        tally.killed[point] += killed
+        follow(state, lines, tally)
+        tier = open_tier(place, capacity_bytes, sealed)
+        try:
+            check(tier, state, capacity_bytes > 0, tally)
+            tally.torn += tier.counters()["torn"]
+        finally:
+            tier.close()
+    print(tally)
+    return tally
+
+
+def test_disk(tmp_path: Path) -> None:
+    tally = chains(tmp_path, DISK_POINTS, ROUNDS, "disk")
+    assert set(+tally.killed) == set(DISK_POINTS), "a point was never reached"
+    assert sum(tally.killed.values()) >= ROUNDS * 0.8
+    assert tally.promised > ROUNDS
+
+
+def test_objects(tmp_path: Path) -> None:
+    tally = chains(tmp_path, OBJECT_POINTS, max(4, ROUNDS // 5), "file")
+    assert set(+tally.killed) == set(OBJECT_POINTS)
+    assert tally.promised > 0

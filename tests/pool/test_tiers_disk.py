@@ -1,0 +1,376 @@
+"""The disk tier's own: damage of files, recovery, errors of the disk, one owner a directory, O_DIRECT."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmkv.pool.tiers import segments
+from lmkv.pool.tiers.base import CorruptError, TierError
+from lmkv.pool.tiers.disk import DiskTier
+
+from .tier_bed import MIB, DiskBed, DiskPlace, all_there, flip, get, in_threads, key_of, put
+
+
+@pytest.fixture
+def bed(tmp_path: Path) -> Iterator[DiskBed]:
+    made = DiskBed(DiskPlace(tmp_path / "tier"), None)
+    yield made
+    made.close()
+
+
+def filled(bed: DiskBed, count: int = 12, size: int = 250_000) -> dict[bytes, bytes]:
+    """Pages in two or more segments, of a tier that is closed again."""
+    tier = bed.open()
+    pages = {key_of(number): put(tier, key_of(number), size) for number in range(count)}
+    tier.close()
+    return pages
+
+
+def segment_files(bed: DiskBed) -> list[Path]:
+    return sorted((bed.place.directory / "segments").glob("*.seg"))
+
+
+def test_a_missing_segment_costs_its_pages_only(bed: DiskBed) -> None:
+    pages = filled(bed)
+    files = segment_files(bed)
+    assert len(files) == 2
+    files[0].unlink()
+    tier = bed.open()
+    lost = all_there(tier, pages)
+    assert 0 < len(lost) < len(pages)
+    assert {key for key, _ in tier.scan()} == set(pages) - set(lost)
+    assert tier.counters()["torn"] == len(lost)
+    assert tier.counters()["segments_lost"] == 1
+    assert {key: put(tier, key, 250_000) for key in lost} == {key: pages[key] for key in lost}
+    assert all_there(tier, pages) == []
+
+
+@pytest.mark.parametrize("size", [0, 1000, 300_000, MIB])
+def test_a_cut_segment_costs_what_was_behind_the_cut(bed: DiskBed, size: int) -> None:
+    pages = filled(bed)
+    os.truncate(segment_files(bed)[0], size)
+    tier = bed.open()
+    lost = all_there(tier, pages)
+    assert len(lost) == 8 - size // 258_048
+    assert tier.counters()["torn"] == len(lost)
+    assert tier.counters()["corrupt"] == 0
+    for key in lost:
+        put(tier, key, 250_000)
+    tier.close()
+    assert all_there(bed.open(), pages) == []
+
+
+def test_a_torn_header_is_dropped_at_opening(bed: DiskBed) -> None:
+    pages = filled(bed)
+    flip(segment_files(bed)[0], 40)
+    tier = bed.open()
+    assert tier.counters()["torn"] == 1
+    assert len(all_there(tier, pages)) == 1
+    assert len(list(tier.scan())) == len(pages) - 1
+
+
+def test_a_turned_bit_of_a_page_is_found_when_it_is_read(bed: DiskBed) -> None:
+    pages = filled(bed)
+    flip(segment_files(bed)[0], 5000)
+    tier = bed.open()
+    assert tier.counters()["torn"] == 0
+    errors = 0
+    for key, data in pages.items():
+        try:
+            assert get(tier, key) == data
+        except CorruptError:
+            errors += 1
+    assert errors == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("key", key_of(77)),
+        ("segment", 9),
+        ("segment", -1),
+        ("slot", 1),
+        ("slot", 10**9),
+        ("slot", "text"),
+        ("generation", 5),
+        ("page_bytes", 249_999),
+        ("checksums", b"12345678"),
+        ("checksums", b"1"),
+        ("checksums", 7),
+        ("key_id", b"1234"),
+    ],
+)
+def test_a_damaged_row_is_dropped_at_opening(bed: DiskBed, column: str, value: Any) -> None:
+    pages = filled(bed)
+    with sqlite3.connect(bed.place.directory / "index.sqlite") as db:
+        changed = db.execute(f"UPDATE pages SET {column}=? WHERE key=?", (value, key_of(3))).rowcount
+    db.close()
+    assert changed == 1
+    tier = bed.open()
+    assert tier.counters()["torn"] == 1
+    assert all_there(tier, pages) == [key_of(3)]
+    assert len(list(tier.scan())) == len(pages) - 1
+    assert put(tier, key_of(3), 250_000) == get(tier, key_of(3))
+
+
+@pytest.mark.parametrize("change", ["slot_bytes=4097", "slot_bytes=0", "slots=0", "slots='many'"])
+def test_a_damaged_segment_row_costs_that_segment(bed: DiskBed, change: str) -> None:
+    pages = filled(bed)
+    with sqlite3.connect(bed.place.directory / "index.sqlite") as db:
+        db.execute(f"UPDATE segments SET {change} WHERE number=1")
+    db.close()
+    tier = bed.open()
+    assert len(all_there(tier, pages)) == 8
+    assert tier.counters()["torn"] == 8
+    assert len(segment_files(bed)) == 1
+
+
+def test_turned_bits_anywhere_in_the_index_never_give_wrong_pages(bed: DiskBed) -> None:
+    pages = filled(bed, count=12, size=20_000)
+    index = bed.place.directory / "index.sqlite"
+    whole = index.read_bytes()
+    for offset in range(0, len(whole), len(whole) // 60 + 1):
+        index.write_bytes(whole)
+        flip(index, offset)
+        try:
+            tier = bed.open()
+        except TierError as error:
+            assert "version" in str(error)
+            continue
+        found = dict(tier.scan())
+        assert set(found) <= set(pages)
+        for key in found:
+            assert get(tier, key) == pages[key]
+        assert put(tier, key_of(100)) == get(tier, key_of(100))
+        tier.drop([key_of(100)])
+        tier.close()
+
+
+@pytest.mark.parametrize("junk", [b"", b"no database at all" * 1000])
+def test_an_index_that_is_none_is_set_aside(bed: DiskBed, junk: bytes) -> None:
+    pages = filled(bed)
+    (bed.place.directory / "index.sqlite").write_bytes(junk)
+    tier = bed.open()
+    assert len(all_there(tier, pages)) == len(pages)
+    assert list(tier.scan()) == []
+    assert segment_files(bed) == []
+    assert tier.counters()["index_lost"] == int(bool(junk))
+    put(tier, key_of(1))
+    tier.close()
+    assert len(list(bed.open().scan())) == 1
+
+
+def test_an_index_of_another_version_is_refused(bed: DiskBed) -> None:
+    filled(bed)
+    with sqlite3.connect(bed.place.directory / "index.sqlite") as db:
+        db.execute("UPDATE tier SET version=2")
+    db.close()
+    with pytest.raises(TierError, match="version 2"):
+        bed.open()
+
+
+def test_files_without_a_row_are_removed(bed: DiskBed) -> None:
+    filled(bed)
+    stray = bed.place.directory / "segments" / "000000ff.seg"
+    stray.write_bytes(bytes(8192))
+    tier = bed.open()
+    assert not stray.exists()
+    assert tier.counters()["segments_stray"] == 1
+
+
+def test_a_directory_has_one_owner(bed: DiskBed) -> None:
+    tier = bed.open()
+    code = (
+        "import sys; from pathlib import Path; from lmkv.pool.tiers.disk import DiskTier\n"
+        "try: DiskTier(Path(sys.argv[1]), 0, evicted=print)\n"
+        "except Exception as error: print(error)"
+    )
+    command = [sys.executable, "-c", code, str(bed.place.directory)]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"LMKV-P822 the disk tier's directory {bed.place.directory} is in use by process {os.getpid()}" in said
+    with pytest.raises(TierError, match=str(os.getpid())):
+        bed.make()
+    tier.close()
+    bed.open()
+
+
+def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TierError, match="cannot be made"):
+        DiskTier(tmp_path / "file" / "tier", 0, evicted=lambda keys: None)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EDQUOT])
+def test_a_failed_write_frees_its_slot(bed: DiskBed, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    tier = bed.open()
+    kept = put(tier, key_of(1))
+
+    def fail(*_: Any) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "pwritev", fail)
+        for _ in range(100):
+            with pytest.raises(TierError, match=os.strerror(code)):
+                put(tier, key_of(1), version=1)
+    assert get(tier, key_of(1)) == kept
+    assert tier.counters()["failed"] == 100
+    free = sum(len(each.free) for each in tier._pages.classes[77_824].segments)
+    assert free == 2 * MIB // 77_824 - 1
+    assert put(tier, key_of(2)) == get(tier, key_of(2))
+
+
+def test_a_short_write_is_no_page(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = bed.open()
+    put(tier, key_of(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "pwritev", lambda *_: 4096)
+        with pytest.raises(TierError):
+            put(tier, key_of(2))
+    assert get(tier, key_of(2)) is None
+
+
+def test_a_failed_sync_is_no_page(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = bed.open()
+    kept = put(tier, key_of(1))
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "fdatasync", fail)
+        with pytest.raises(TierError, match="synced"):
+            put(tier, key_of(1), version=1)
+    assert get(tier, key_of(1)) == kept
+    tier.close()
+    assert get(bed.open(), key_of(1)) == kept
+
+
+def test_a_failed_read_is_an_error_and_loses_nothing(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = bed.open()
+    kept = put(tier, key_of(1))
+
+    def fail(*_: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(segments.os, "preadv", fail)
+        with pytest.raises(TierError, match="cannot be read"):
+            get(tier, key_of(1))
+    assert get(tier, key_of(1)) == kept
+
+
+def test_an_index_that_takes_no_commit_is_an_error_and_changes_nothing(bed: DiskBed) -> None:
+    tier = bed.open()
+    kept = put(tier, key_of(1))
+    tier._index._db.execute("PRAGMA query_only=1")
+    calls: list[Callable[[], object]] = [
+        lambda: put(tier, key_of(1), version=1),
+        lambda: put(tier, key_of(2)),
+        lambda: tier.drop([key_of(1)]),
+        lambda: tier.describe(b"n" * 16, "{}"),
+    ]
+    for call in calls:
+        with pytest.raises(TierError, match="takes no changes"):
+            call()
+    assert get(tier, key_of(1)) == kept
+    tier._index._db.execute("PRAGMA query_only=0")
+    assert put(tier, key_of(2)) == get(tier, key_of(2))
+
+
+def test_a_full_disk_is_an_error_until_there_is_room(tmp_path: Path) -> None:
+    """A real ENOSPC: files may not grow beyond a limit, in a process of its own."""
+    code = """
+import resource, sys
+from pathlib import Path
+from lmkv.pool.tiers.base import TierError
+from tests.pool.tier_bed import MIB, DiskTier, get, key_of, put
+resource.setrlimit(resource.RLIMIT_FSIZE, (3 * MIB, 3 * MIB))
+tier = DiskTier(Path(sys.argv[1]), 0, evicted=print, segment_bytes=4 * MIB)
+try:
+    put(tier, key_of(1), 100_000)
+except TierError as error:
+    print(error)
+print(tier.counters()["no_space"], tier.counters()["failed"], get(tier, key_of(1)))
+tier.close()
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "tier")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert "LMKV-P820 no room for a page" in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == "1 1 None"
+
+
+def test_direct_is_told_and_can_be_chosen(bed: DiskBed, tmp_path: Path) -> None:
+    for direct in (False, None):
+        bed.place.direct = direct
+        tier = bed.open()
+        assert tier.counters()["direct"] == int(tier.direct)
+        assert direct is None or tier.direct == direct
+        put(tier, key_of(1))
+        tier.close()
+
+
+def test_where_there_is_no_direct_io_it_is_refused_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def no_direct(path: Any, flags: int, *rest: Any, **more: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *rest, **more)
+
+    monkeypatch.setattr(segments.os, "open", no_direct)
+    with pytest.raises(TierError, match="takes no O_DIRECT"):
+        DiskTier(tmp_path / "tier", 0, evicted=lambda keys: None, direct=True)
+    tier = DiskTier(tmp_path / "tier", 0, evicted=lambda keys: None)
+    assert not tier.direct
+    assert put(tier, key_of(1)) == get(tier, key_of(1))
+    tier.close()
+
+
+def test_commits_are_shared(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = bed.open()
+    put(tier, key_of(0))
+    before = tier.counters()["commits"]
+    started = threading.Barrier(16)
+    real = tier._index._commit
+    waiting = threading.Event()
+
+    def slow(batch: Any) -> None:
+        waiting.wait(0.05)
+        real(batch)
+
+    monkeypatch.setattr(tier._index, "_commit", slow)
+
+    def work(number: int) -> None:
+        started.wait(10)
+        put(tier, key_of(number + 1))
+
+    in_threads(16, work)
+    assert tier.counters()["commits"] - before <= 8
+    assert tier.counters()["puts"] == 17
+
+
+def test_nothing_is_left_open(bed: DiskBed) -> None:
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    bed.open().close()
+    before = descriptors()
+    for _ in range(3):
+        tier = bed.open()
+        for number in range(40):
+            put(tier, key_of(number), 100_000)
+        list(tier.scan())
+        tier.drop_namespace(b"")
+        tier.close()
+    assert descriptors() == before
