@@ -43,7 +43,7 @@ class HolderSets:
             members.insert(at, node << 3 | tiers)
         return self._replace(value, members, pages), held
 
-    def without(self, value: int, dead: set[int], pages: int) -> int:
+    def without(self, value: int, dead: frozenset[int], pages: int) -> int:
         """The value of these pages when no node of `dead` holds them."""
         members = array("I", (member for member in self.members(value) if member >> 3 not in dead))
         return self._replace(value, members, pages)

@@ -164,13 +164,16 @@ class PageTable:
         return np.array(values, np.uint32)[inverse], np.array(held, bool)[inverse]
 
     def tiers(self, values: Values, numbers: Sequence[int]) -> npt.NDArray[np.uint8]:
-        """A row for each of the numbers: its tiers of the page with each of these values."""
-        listed = values.tolist()
-        kinds = {value: at for at, value in enumerate(dict.fromkeys(listed))}
-        row = {number: at for at, number in enumerate(numbers)}
-        table = np.zeros((len(numbers), len(kinds)), np.uint8)
-        for value, at in kinds.items():
-            for member in self._sets.members(value):
-                if (to := row.get(member >> 3)) is not None:
-                    table[to, at] = member & 7
-        return table[:, [kinds[value] for value in listed]]
+        """A row for each of the (different) numbers: its tiers of the page with each of these values."""
+        rows = np.zeros((len(numbers), len(values)), np.uint8)
+        row_of = {number: row for row, number in enumerate(numbers)}
+        # Pages of a chain lie at the same nodes: a few stretches of one value each.
+        ends = [*(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
+        start = 0
+        for end in ends:
+            for member in self._sets.members(int(values[start])) if len(values) else ():
+                row = row_of.get(member >> 3)
+                if row is not None:
+                    rows[row, start:end] = member & 7
+            start = end
+        return rows

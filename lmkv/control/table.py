@@ -123,7 +123,7 @@ class SlotTable:
 
     def _homes(self, keys: Prints) -> Places:
         """The rows of both buckets: all first ones, then all second ones."""
-        bits = np.concatenate((keys, keys >> np.uint64(32))).view(np.int64)
+        bits: Places = np.concatenate((keys, keys >> np.uint64(32))).view(np.int64)
         bits &= 2 * self._low - 1
         bits[bits >= self.buckets] -= self._low
         bits += _SPARE_ROWS
