@@ -14,7 +14,7 @@ from lmkv.poolwire import Events, Snapshot, SnapshotPart
 from .model import ModelNode, make_card
 
 NAMESPACES = (b"a" * 16, b"b" * 16)
-KEYS = [bytes((i,)) * 16 + b"\0" for i in range(12)]
+KEYS = [bytes((i,)) * 16 + b"\0" for i in range(4)]
 SETTINGS = ViewSettings(
     lease_s=3, forget_s=10, lag_s=1, part_s=2, retry_s=0.1, retry_most_s=0.5, buffer_bytes=2000, snapshots=2
 )
@@ -42,20 +42,25 @@ class Storm(RuleBasedStateMachine):
 
     # --- what nodes do ---
 
-    @rule(place=places)
-    def start(self, place: int) -> None:
+    @rule(place=places, what=changes)
+    def start(self, place: int, what: list[tuple[bytes, int]]) -> None:
+        """With pages from the disk, say."""
         self.made += 1
-        node = ModelNode(make_card(f"{self.made:016x}", f"tcp://node{place}:1"))
+        node = ModelNode(make_card(f"{self.made:016x}", f"tcp://node{place}:1"), part_records=1)
         self.nodes[place] = node
+        node.change(what)
         self.on_the_way[place].clear()
         self._beat(node)
 
-    @rule(place=places, what=changes, clear=st.sampled_from((False, False, False, True)))
-    def change(self, place: int, what: list[tuple[bytes, int]], clear: bool) -> None:
+    @rule(place=places, what=changes, clear=st.sampled_from((False, False, False, True)), all_arrive=st.booleans())
+    def change(self, place: int, what: list[tuple[bytes, int]], clear: bool, all_arrive: bool) -> None:
         if node := self.nodes.get(place):
             events = node.change(what, clear=clear)
             if node.card.incarnation in self.subscribed:
                 self.on_the_way[place].append(events)
+            while all_arrive and self.on_the_way[place]:
+                self.view.events(self.on_the_way[place].pop(0), self.now_s)
+                self._act()
 
     @rule(place=places, leaving=st.booleans())
     def stop(self, place: int, leaving: bool) -> None:
@@ -105,6 +110,15 @@ class Storm(RuleBasedStateMachine):
             part = self.parts[at] if how == "double" else self.parts.pop(at)
             if how != "lose":
                 self.view.part(part, self.now_s)
+                self._act()
+
+    @rule()
+    def next_part(self) -> None:
+        """The way it mostly goes: a question is answered, and the answer read."""
+        if self.questions:
+            self.answer_all()
+            while self.parts:
+                self.view.part(self.parts.pop(0), self.now_s)
                 self._act()
 
     @rule(seconds=st.sampled_from((0.05, 0.3, 1.0, 2.5)))
@@ -210,4 +224,4 @@ class Storm(RuleBasedStateMachine):
 
 
 TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+TestStorm.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
