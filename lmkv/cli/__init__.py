@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .controller import controller
 from .doctor import doctor
 from .router import router
 from .version import version
@@ -16,6 +17,7 @@ main = typer.Typer(
     pretty_exceptions_enable=False,
 )
 main.command()(router)
+main.command()(controller)
 main.command()(doctor)
 main.command()(version)
 

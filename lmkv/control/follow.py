@@ -4,8 +4,8 @@
               → last part: replay what was kept → synced, events apply as they come
     gap, or behind for too long → a new snapshot; what was known stays listed until that is complete
 
-A *number* is this node's name in the page table for one generation of what it holds (`lmkv.control.pages`). No sockets, no
-clock: `now_s` is passed in.
+A *number* is this node's name in the page table for one generation of what it holds (`lmkv.control.pages`). No
+sockets, no clock: `now_s` is passed in.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from lmkv.errors import ConfigError
 from lmkv.poolwire import EVENT_BYTES, Events, Member, NodeBeat, NodeCard, Snapshot, SnapshotPart
 
 from .pending import Pending
@@ -30,6 +31,8 @@ class ViewSettings:
     """And after this its pages go."""
     lag_s: float = 1.0
     """A beat may be so far ahead of the events it tells of."""
+    settle_s: float = 0.2
+    """A first snapshot waits so long for a sign that the subscription stands; without it events could slip between."""
     part_s: float = 5.0
     """Deadline of one part of a snapshot."""
     retry_s: float = 0.1
@@ -41,6 +44,15 @@ class ViewSettings:
     """At a time."""
     nodes: int = 4096
     """More are not followed."""
+
+    def __post_init__(self) -> None:
+        for name in ("lease_s", "lag_s", "part_s", "retry_s", "retry_most_s", "buffer_bytes", "snapshots", "nodes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)}", hint="use a positive number")
+        if self.forget_s < self.lease_s:
+            raise ConfigError(
+                f"forget_s {self.forget_s:g} is below lease_s {self.lease_s:g}", hint="forget later than you degrade"
+            )
 
 
 @dataclass(slots=True)
@@ -86,7 +98,7 @@ class Follower:
         """Of the last event that the node is known to have sent."""
         self._behind_s: float | None = None
         self._snapshot: _Snapshot | None = None
-        self._retry_at_s = now_s
+        self._retry_at_s = now_s + self._settings.settle_s
         self._failures = 0
         self._beat: NodeBeat | None = None
 
@@ -175,6 +187,8 @@ class Follower:
     def _keep(self, message: Events, now_s: float) -> None:
         snapshot = self._snapshot
         if snapshot is None:
+            if not self._failures:
+                self._retry_at_s = now_s
             return
         snapshot.kept.append(message)
         snapshot.kept_bytes += len(message.records) + 200

@@ -1,7 +1,7 @@
 """Who holds a page, as 4 bytes: one node with its tiers, or the number of an interned set of several.
 
-Pages of one chain lie at the same nodes, so there are few sets beside the pages. A *member* is node << 3 | tiers; a value
-is 0 (nobody), a member, or FLAG | set number.
+Pages of one chain lie at the same nodes, so there are few sets beside the pages. A *member* is node << 3 | tiers; a
+value is 0 (nobody), a member, or FLAG | set number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ _TIERS = 7
 
 
 class HolderSets:
-    """Each set counts the pages that use it and ends with the last. A set's members are sorted; there are at least two."""
+    """Each set counts the pages that use it and ends with the last. A set's members are sorted; there are at least
+    two."""
 
     def __init__(self) -> None:
         self._numbers: dict[bytes, int] = {}
@@ -32,8 +33,8 @@ class HolderSets:
         return array("I", (value,) if value else ())
 
     def change(self, value: int, node: int, tiers: int, pages: int) -> tuple[int, bool]:
-        """So many pages with this value are now at `node` in `tiers` (0: not at all). The new value, and whether the node
-        held them before."""
+        """So many pages with this value are now at `node` in `tiers` (0: not at all). The new value, and whether the
+        node held them before."""
         members = self.members(value)
         at = bisect_left(members, node << 3)
         held = at < len(members) and members[at] >> 3 == node

@@ -1,8 +1,8 @@
 """The page table of a view: which nodes, named by small numbers, hold which page, and in which tiers.
 
 A number belongs to one generation of what a node holds. When that is over (another incarnation, CLEARED, a new snapshot
-that has taken its place) the number is retired: nobody asks for it any more, `sweep` takes its pages out step by step, and
-it is given out again when the last is gone. Not thread-safe.
+that has taken its place) the number is retired: nobody asks for it any more, `sweep` takes its pages out step by
+step, and it is given out again when the last is gone. Not thread-safe.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What is to be applied to the page table, gathered over messages and nodes: a small batch costs as much as a large one."""
+"""What is to be applied to the page table, gathered over messages and nodes: a small batch costs as much as a large
+one."""
 
 from __future__ import annotations
 

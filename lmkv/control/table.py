@@ -2,8 +2,8 @@
 
 Buckets of eight slots. A key lies in one of two buckets, named by the halves of its bits, so looking one up reads two
 cache lines, and taking one out empties its slot: there is nothing to step over, however often pages come and go. It
-grows by linear hashing: each batch splits as many buckets as it has filled, in order, and what a split moves goes to the
-same slot of the new bucket. So there is no pause and never a second copy; the memory is remapped, not copied.
+grows by linear hashing: each batch splits as many buckets as it has filled, in order, and what a split moves goes to
+the same slot of the new bucket. So there is no pause and never a second copy; the memory is remapped, not copied.
 Where both buckets of a key are full an entry of theirs moves to its other bucket; what finds no room even so waits in
 spare slots in front of the first bucket for a split.
 

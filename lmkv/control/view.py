@@ -1,4 +1,5 @@
-"""A view: which node holds which page, made from what the nodes themselves say. It may be late or wrong, never the truth.
+"""A view: which node holds which page, made from what the nodes themselves say. It may be late or wrong, never the
+truth.
 
 Pure: messages go in, actions come out (`take_actions`), the clock is passed in. Not thread-safe.
 """
@@ -76,6 +77,9 @@ class View:
         self._tokens = itertools.count(1)
         self._actions: list[Action] = []
         self._asking: set[Incarnation] = set()
+        self._inexact: set[Incarnation] = set()
+        self._silent_from_s = 0.0
+        """Before this nobody can have become DEGRADED."""
 
     def take_actions(self) -> list[Action]:
         """To be done in this order."""
@@ -105,8 +109,8 @@ class View:
         logger.info("node %s (%s) at %s joins", card.name, card.incarnation, card.address)
         self._followers[card.incarnation] = Follower(card, self._common, now_s)
         self._at[card.address] = card.incarnation
+        self._inexact.add(card.incarnation)
         self._actions.append(Subscribe(card))
-        self._start_snapshots(now_s)
         return True
 
     def leave(self, incarnation: Incarnation, *, bury: bool = True) -> None:
@@ -122,14 +126,16 @@ class View:
         if self._at.get(follower.card.address) == incarnation:
             del self._at[follower.card.address]
         follower.end()
-        self._settle(follower)
+        self._settle(follower, None)
         self._actions.append(Unsubscribe(follower.card))
 
     def beat(self, beat: NodeBeat, now_s: float) -> None:
         if beat.leaving:
             self.leave(beat.card.incarnation)
         elif self.join(beat.card, now_s):
-            self._followers[beat.card.incarnation].beat(beat, now_s)
+            follower = self._followers[beat.card.incarnation]
+            follower.beat(beat, now_s)
+            self._settle(follower, now_s)
 
     def events(self, message: Events, now_s: float) -> None:
         follower = self._followers.get(message.incarnation)
@@ -137,7 +143,9 @@ class View:
             self.counters["strange_events" if follower else "unknown_events"] += 1
             return
         follower.events(message, now_s)
-        self._settle(follower)
+        self._settle(follower, now_s)
+        if follower.wants_snapshot(now_s):
+            self._start_snapshots(now_s)
 
     def part(self, part: SnapshotPart, now_s: float) -> None:
         follower = self._followers.get(part.incarnation)
@@ -147,14 +155,14 @@ class View:
         question = follower.part(part, next(self._tokens), now_s)
         if question is not None:
             self._actions.append(Ask(follower.card, question))
-        self._settle(follower)
+        self._settle(follower, now_s)
         self._start_snapshots(now_s)
 
     def tick(self, now_s: float) -> bool:
         """Deadlines, and one step of what is swept out; True: there is more of that."""
         for incarnation, follower in list(self._followers.items()):
             follower.tick(now_s)
-            self._settle(follower)
+            self._settle(follower, now_s)
             if now_s - follower.heard_s > self.settings.forget_s:
                 self.counters["forgotten"] += 1
                 self.leave(incarnation, bury=False)
@@ -176,9 +184,13 @@ class View:
                 if len(self._asking) >= self.settings.snapshots:
                     return
 
-    def _settle(self, follower: Follower) -> None:
-        """Whose snapshot is over, well or not, makes room for the next."""
+    def _settle(self, follower: Follower, now_s: float | None) -> None:
+        """After anything that may have changed its state (None: it is gone). A snapshot that is over makes room."""
         incarnation = follower.card.incarnation
+        if now_s is None or follower.state(now_s) == EXACT:
+            self._inexact.discard(incarnation)
+        else:
+            self._inexact.add(incarnation)
         if incarnation in self._asking and not follower.busy:
             self._asking.discard(incarnation)
             self._actions.append(HangUp(follower.card))
@@ -188,18 +200,27 @@ class View:
     def members(self, now_s: float) -> tuple[Member, ...]:
         return tuple(follower.member(now_s) for follower in self._followers.values())
 
-    def card(self, incarnation: Incarnation) -> NodeCard | None:
+    def heard_s(self, incarnation: Incarnation) -> float | None:
+        """When it was heard last; None: it is not followed."""
         follower = self._followers.get(incarnation)
-        return follower.card if follower else None
+        return follower.heard_s if follower else None
 
     def exact(self, now_s: float) -> bool:
         """There are nodes, and each is EXACT."""
-        states = {follower.state(now_s) for follower in self._followers.values()}
-        return states == {EXACT}
+        if now_s > self._silent_from_s:
+            self._judge_silence(now_s)
+        return bool(self._followers) and not self._inexact
+
+    def _judge_silence(self, now_s: float) -> None:
+        for follower in self._followers.values():
+            self._settle(follower, now_s)
+        lease_s = self.settings.lease_s
+        heard = [follower.heard_s for follower in self._followers.values() if now_s - follower.heard_s <= lease_s]
+        self._silent_from_s = min(heard, default=now_s) + lease_s
 
     def lookup(self, namespace: bytes, keys: bytes, least: int = 1, most: int = 0) -> list[Holder]:
-        """Nodes whose run from the first key on has at least `least` pages, the longest runs first, at most `most` of them
-        (0: all). Raises WireError for what are no keys."""
+        """Nodes whose run from the first key on has at least `least` pages, the longest runs first, at most `most` of
+        them (0: all). Raises WireError for what are no keys."""
         self._pending.flush()
         prints = fingerprints.of_keys(namespace, keys)
         if not len(prints) or least > len(prints):

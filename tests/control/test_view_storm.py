@@ -1,5 +1,5 @@
-"""Nodes change, are lost and come back; their events are lost, doubled and reordered, their answers late. Whenever the view
-says EXACT and nothing is under way, it holds what the nodes hold."""
+"""Nodes change, are lost and come back; their events are lost, doubled and reordered, their answers late. Whenever
+the view says EXACT and nothing is under way, it holds what the nodes hold."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ places = st.integers(0, 2)
 
 
 class Storm(RuleBasedStateMachine):
-    """Three addresses; at each at most one node lives. A link holds what is on its way, in order, until it is delivered."""
+    """Three addresses; at each at most one node lives. A link holds what is on its way, in order, until it is
+    delivered."""
 
     @initialize()
     def begin(self) -> None:
@@ -214,9 +215,7 @@ class Storm(RuleBasedStateMachine):
     def the_silent_are_degraded(self) -> None:
         states = [member.state for member in self.view.members(self.now_s) if member.heard_s > SETTINGS.lease_s]
         assert set(states) <= {DEGRADED}
-        assert self.view.exact(self.now_s) is (
-            {member.state for member in self.view.members(self.now_s)} == {EXACT}
-        )
+        assert self.view.exact(self.now_s) is ({member.state for member in self.view.members(self.now_s)} == {EXACT})
 
     @invariant()
     def snapshots_are_few(self) -> None:
