@@ -389,12 +389,14 @@ class MembersAre(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out."""
+    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out. `most`: no more than so
+    many nodes, those with the longest runs (0: all); the longest run comes first in any case."""
 
     token: int
     namespace: bytes
     keys: bytes
     least: int = 1
+    most: int = 0
 
 
 class Holder(msgspec.Struct, frozen=True, gc=False, array_like=True):

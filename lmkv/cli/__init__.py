@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .controller import controller
 from .doctor import doctor
 from .pool import pool
 from .router import router
@@ -18,6 +19,7 @@ main = typer.Typer(
 )
 main.command()(router)
 main.command()(pool)
+main.command()(controller)
 main.command()(doctor)
 main.command()(version)
 
