@@ -26,7 +26,7 @@ tracked() {
   done
 }
 
-scripts_typed() { MYPYPATH=scripts mypy --strict --python-version 3.11 scripts/*.py; }
+scripts_typed() { MYPYPATH=scripts:docker mypy --strict --python-version 3.11 scripts/*.py docker/*.py; }
 
 spelling() { tracked . | xargs -r -d '\n' codespell; }
 
@@ -56,6 +56,7 @@ check "mypy of the scripts" scripts_typed
 check "import floors" lint-imports
 check "codespell" spelling
 check "shellcheck" shellcheck -x "${shell[@]}"
+check "hadolint" hadolint docker/Dockerfile
 ((${#yaml[@]} == 0)) || check "yamllint" yamllint --strict "${yaml[@]}"
 check "clang-format" cxx_format
 check "no machine paths" no_machine_paths
