@@ -23,7 +23,7 @@ def pool(
     huge: Annotated[_Bool, typer.Option("--huge/--no-huge", help="Use huge pages if there are enough. [huge]")] = None,
     share: Annotated[_Text, typer.Option(help="Unix socket for processes of this host; none: off.")] = None,
     transport: Annotated[_Text, typer.Option(help="Data plane for other hosts; none: off. [nixl://]")] = None,
-    policy: Annotated[_Text, typer.Option(help="s3fifo or lru. [s3fifo]")] = None,
+    policy: Annotated[_Text, typer.Option(help="lru or s3fifo. [lru]")] = None,
     disk: Annotated[_Text, typer.Option(help="Directory of the disk tier; without it there is none.")] = None,
     disk_capacity: Annotated[_Text, typer.Option(help="Size of the disk tier. [16GiB]")] = None,
     disk_admit_hits: Annotated[_Int, typer.Option(help="Hits before a page goes to disk. [0]")] = None,

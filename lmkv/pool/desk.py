@@ -157,12 +157,15 @@ class Desk:
             raise WireError(f"{len(keys)} keys, {len(message.generations)} generations, {len(message.checksums)} sums")
         point("commit:before")
         refusals, fresh = [], []
-        for key, generation, sums in zip(keys, message.generations, message.checksums, strict=True):
+        # A chain is told to the policy from its end, so that ends are given up before beginnings (ADR 7).
+        told = list(zip(keys, message.generations, message.checksums, strict=True))
+        for key, generation, sums in reversed(told):
             why = self._index.commit(writer, key, generation, message.shard, sums, now_s)
             refusals.append(why)
             entry = self._index.find(key) if why is Refusal.NONE else None
             if entry is not None:
                 fresh.append(entry)
+        refusals.reverse()
         point("commit:visible")
         for entry in fresh:
             self._tiering.visible(entry)
@@ -225,7 +228,7 @@ class Desk:
         lease, lease_s = 0, min(message.lease_s, self._most_lease_s)
         if here:
             lease = self._leases.pin((message.incarnation, message.rank), here, lease_s, now_s)
-            for entry in here:
+            for entry in reversed(here):  # as above
                 self._index.touch(entry.key)
                 self._tiering.hit(entry)
         asked = len(message.keys) // pw.PAGE_KEY_BYTES

@@ -44,7 +44,7 @@ class NodeSettings(BaseSettings):
     huge: bool = Field(True, description="use huge pages if there are enough free ones")
     share: str = Field("", description="Unix socket that lets processes of this host map the arena; none: not at all")
     transport: str = Field("nixl://?progress=event", description="data plane for other hosts; none: this host only")
-    policy: Literal["s3fifo", "lru"] = Field("s3fifo", description="what is evicted first")
+    policy: Literal["s3fifo", "lru"] = Field("lru", description="what is evicted first")
     write_lease_s: float = Field(30.0, gt=0, description="a reserved slot has to be written within this time")
     pin_share: float = Field(0.5, gt=0, le=0.9, description="at most this part of the arena may be pinned")
     most_lease_s: float = Field(60.0, gt=0, description="longest lease of a pin")
