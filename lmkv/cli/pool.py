@@ -26,6 +26,7 @@ def pool(
     policy: Annotated[_Text, typer.Option(help="lru or s3fifo. [lru]")] = None,
     disk: Annotated[_Text, typer.Option(help="Directory of the disk tier; without it there is none.")] = None,
     disk_capacity: Annotated[_Text, typer.Option(help="Size of the disk tier. [16GiB]")] = None,
+    disk_segment: Annotated[_Text, typer.Option(help="Size of a file of the disk tier. [256MiB]")] = None,
     disk_admit_hits: Annotated[_Int, typer.Option(help="Hits before a page goes to disk. [0]")] = None,
     object: Annotated[
         _Text, typer.Option(help="URL of the object store, s3://BUCKET/PREFIX; without it, none.")

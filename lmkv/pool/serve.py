@@ -34,7 +34,11 @@ def _open_tiers(settings: NodeSettings, evicted: Callable[[Tier, list[bytes]], N
     sealer = Sealer.from_file(Path(settings.key_file)) if settings.key_file else None
     if settings.disk:
         disk = DiskTier(
-            Path(settings.disk), settings.disk_capacity, evicted=lambda keys: evicted(Tier.DISK, keys), sealer=sealer
+            Path(settings.disk),
+            settings.disk_capacity,
+            evicted=lambda keys: evicted(Tier.DISK, keys),
+            sealer=sealer,
+            segment_bytes=settings.disk_segment,
         )
         found.append(TierSettings(disk, settings.disk_admit_hits, settings.queue))
     if settings.object:

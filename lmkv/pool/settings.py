@@ -51,6 +51,7 @@ class NodeSettings(BaseSettings):
 
     disk: str = Field("", description="directory of the disk tier; empty: none")
     disk_capacity: int = Field(16 << 30, ge=1 << 20, description="size of the disk tier")
+    disk_segment: int = Field(256 << 20, ge=1 << 20, description="size of a file of the disk tier")
     disk_admit_hits: int = Field(0, ge=0, description="a page goes to disk after so many hits; 0: at once")
     object: str = Field("", description="URL of the object store (s3://bucket/prefix, file:///dir); empty: none")
     object_endpoint: str = Field("", description="endpoint of an S3-compatible server")
@@ -65,7 +66,7 @@ class NodeSettings(BaseSettings):
     beat_s: float = Field(1.0, gt=0, description="interval of signs of life")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time to write what only memory holds")
 
-    @field_validator("capacity", "disk_capacity", "queue", mode="before")
+    @field_validator("capacity", "disk_capacity", "disk_segment", "queue", mode="before")
     @classmethod
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
