@@ -103,7 +103,10 @@ def page_key(chunk: bytes, group: int) -> bytes:
 
 
 def _token_bytes(tokens: Sequence[int]) -> bytes:
-    return np.asarray(tokens, dtype="<u4").tobytes()
+    ids = np.asarray(tokens)
+    if ids.size and not (ids.dtype.kind in "iu" and ids.min() >= 0 and ids.max() < 1 << 32):
+        raise ConfigError(f"token ids are integers from 0 to {(1 << 32) - 1}", hint="other numbers would share a key")
+    return ids.astype("<u4").tobytes()
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Declare(_Message, frozen=True):
 
 
 class PoolBeat(_Message, frozen=True):
-    """Client to node, one-way: alive; renews the leases of its reservations and pins."""
+    """Client to node, one-way: alive. (Leases are not renewed by it.)"""
 
     incarnation: Incarnation
     rank: Rank
@@ -135,7 +135,8 @@ class PoolBeat(_Message, frozen=True):
 
 class Reserve(_Message, frozen=True):
     """Slots for pages of `page_bytes`, to be written in `shards` shares; the sender writes share `shard`. All ranks of
-    one writer (incarnation) get the same slots. Nothing is visible before every share is committed."""
+    one writer (incarnation) get the same slots, each once: who asks again for what it has is told BUSY. Nothing is visible
+    before every share is committed."""
 
     token: int
     incarnation: Incarnation
@@ -189,7 +190,8 @@ class Committed(_Message, frozen=True):
 
 class Abandon(_Message, frozen=True):
     """One-way: these slots will not be committed. `drained`: nothing of the sender's can land there any more;
-    otherwise they stay in quarantine until that is proved."""
+    otherwise they stay in quarantine until that is proved. `question`: instead of generations, the token of a Reserve
+    whose answer has not come and will not be used."""
 
     incarnation: Incarnation
     rank: Rank
@@ -197,6 +199,7 @@ class Abandon(_Message, frozen=True):
     keys: bytes
     generations: tuple[int, ...]
     drained: bool
+    question: int = 0
 
 
 class Pin(_Message, frozen=True):
@@ -237,8 +240,8 @@ class Pinned(_Message, frozen=True):
 
 
 class Unpin(_Message, frozen=True):
-    """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node looks itself, and
-    throws away what is wrong."""
+    """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node throws these pages away,
+    in all tiers, provided that the lease was not over."""
 
     lease: int
     namespace: bytes = b""

@@ -1,7 +1,8 @@
 """One pool node as one rank uses it: found, attached to, kept alive; its arena mapped, or reached over the data plane.
 
 The thread that owns the link (and the transport) calls everything here. An access that has lost its node tries on for
-ever; a node that has restarted is another one (other incarnation), and all that was asked of the old one is void.
+ever. A node that was only silent is the same one when it is heard again: slots and pins of it are as good as their
+leases. A node that has restarted is another one (other incarnation), and all that was asked of the old one is void.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import zmq
 from numpy.typing import NDArray
 
 from lmkv import poolwire as pw
-from lmkv.errors import ConnectError, PoolError, StateError, TransportError
+from lmkv.errors import PoolError, StateError, TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.transport import Extents, OpId, PeerId, Transport
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 BEAT_S = 1.0
 LOST_S = 4.0
+STALL_S = 1.0
+"""After a longer pause between ticks it is us who were away, not the node."""
 ASK_S = 2.0
 
 
@@ -79,10 +82,16 @@ class NodeAccess:
         self._namespaces: dict[bytes, str] = {}
         self._connection: socket.socket | None = None
         self._peer: PeerId | None = None
-        self._warm: OpId | None = None
+        self._export = b""
+        self._warming: dict[OpId, PeerId] = {}
+        self._before = Reach.SEEKING
+        """How far we were when the node fell silent."""
+        self._told = Incarnation("")
+        """The node that knows all our namespaces."""
         self._heard_s = float("-inf")
         self._beat_s = float("-inf")
-        self._refused = ""
+        self._tick_s = float("-inf")
+        self._complaint = ""
 
     # --- questions ---
 
@@ -111,10 +120,13 @@ class NodeAccess:
     def tick(self, now_s: float) -> None:
         """Take answers, say that we live, notice that the node does not."""
         self.link.receive(now_s)
+        if now_s - self._tick_s > STALL_S:
+            self._heard_s = max(self._heard_s, now_s)
+        self._tick_s = now_s
         if self._share_is_closed():
             self._lose("it has ended")
-        elif self.card is not None and now_s - self._heard_s > LOST_S:
-            self._lose(f"silent for {now_s - self._heard_s:.1f} s")
+        elif self.ready and now_s - self._heard_s > LOST_S:
+            self._silent(now_s - self._heard_s)
         if now_s - self._beat_s >= BEAT_S:
             self._beat_s = now_s
             self._hello(now_s)
@@ -124,35 +136,36 @@ class NodeAccess:
 
     def _hello(self, now_s: float) -> None:
         """Also the sign of life: the answer tells whether it is still the same node."""
-        me, export, scratch = self._me, b"", (0, 0)
-        if self._peer is not None and me.transport is not None:
-            export = me.transport.export()
-            if me.scratch is not None:
-                scratch = (int(me.scratch.table[0, 0]), me.scratch.total_bytes)
-        spaces = tuple(self._namespaces.items())
+        me, scratch = self._me, (0, 0)
+        if self._export and me.scratch is not None:
+            scratch = (int(me.scratch.table[0, 0]), me.scratch.total_bytes)
+        known = self.card is not None and self._told == self.card.incarnation
+        spaces = () if known else tuple(self._namespaces.items())
         self.link.ask(
-            lambda token: pw.PoolHello(token, me.incarnation, me.rank, me.name, export, *scratch, spaces),
+            lambda token: pw.PoolHello(token, me.incarnation, me.rank, me.name, self._export, *scratch, spaces),
             pw.PoolWelcome,
-            lambda answer: self._welcome(answer, now_s),
+            lambda answer: self._welcome(answer, now_s, len(spaces)),
             now_s + ASK_S,
         )
 
-    def _welcome(self, answer: pw.PoolWelcome | None, now_s: float) -> None:
+    def _welcome(self, answer: pw.PoolWelcome | None, now_s: float, told: int) -> None:
         if answer is None:
             return
         self._heard_s = max(self._heard_s, now_s)
         if answer.refused:
-            if answer.refused != self._refused:
-                logger.error("pool node %s: %s", self.link.address, answer.refused)
-            self._refused = answer.refused
+            self._complain(answer.refused)
             return
         if self.card is not None and answer.card.incarnation != self.card.incarnation:
             self._lose("another node is at its address")
+        if told == len(self._namespaces):
+            self._told = answer.card.incarnation
         if self.card is None:
             self.card = answer.card
             self._reach_arena(answer.card, now_s)
-        elif self.reach is Reach.WARMING and self._warm is None:
+        elif self.reach is Reach.WARMING and self._peer not in self._warming.values():
             self._warm_up()
+        elif self._before is not Reach.SEEKING:
+            self._become(self._before)
 
     def _reach_arena(self, card: pw.NodeCard, now_s: float) -> None:
         me = self._me
@@ -169,16 +182,24 @@ class NodeAccess:
                 self._become(Reach.LOCAL)
                 return
         if me.transport is None or not card.export:
-            logger.error("pool node %s cannot be reached: its arena is not on this host, no data plane", card.name)
+            self._complain("its arena cannot be mapped, and there is no data plane to it")
+            self.card = None  # with the next beat again
             return
         try:
             self._peer = me.transport.connect(card.export)
-        except (ConnectError, StateError, TransportError) as error:
-            logger.warning("pool node %s: %s", card.name, error)
-            self.card = None  # with the next beat again
+        except TransportError as error:
+            self._complain(str(error))
+            self.card = None
             return
+        self._export = me.transport.export()
         self.reach = Reach.WARMING
         self._hello(now_s)  # now with our export
+
+    def _complain(self, why: str) -> None:
+        """Once, not with every beat."""
+        if why != self._complaint:
+            logger.error("pool node %s: %s", self.link.address, why)
+        self._complaint = why
 
     def _warm_up(self) -> None:
         """The first read of a pair wires it up."""
@@ -190,16 +211,18 @@ class NodeAccess:
         size = min(64, me.scratch.total_bytes)
         here = Extents.of((int(me.scratch.table[0, 0]), size))
         try:
-            self._warm = me.transport.read(self._peer, here, Extents.of((card.arena_address, size)))
+            op = me.transport.read(self._peer, here, Extents.of((card.arena_address, size)))
         except TransportError as error:
-            logger.warning("pool node %s cannot be read: %s", card.name, error)
+            self._complain(f"it cannot be read: {error}")
+        else:
+            self._warming[op] = self._peer
 
     def completed(self, op: OpId, error: TransportError | None) -> bool:
         """True: the operation was ours."""
-        if op != self._warm:
+        peer = self._warming.pop(op, None)
+        if peer is None:
             return False
-        self._warm = None
-        if error is None and self.reach is Reach.WARMING:
+        if error is None and self.reach is Reach.WARMING and peer == self._peer:
             self._become(Reach.REMOTE)
         return True
 
@@ -212,7 +235,7 @@ class NodeAccess:
         return True
 
     def _become(self, reach: Reach) -> None:
-        self.reach = reach
+        self.reach, self._before, self._complaint = reach, Reach.SEEKING, ""
         assert self.card is not None
         if reach is not Reach.ASKING:
             how = "its arena is mapped" if reach is Reach.LOCAL else f"over {self.card.scheme}"
@@ -229,29 +252,40 @@ class NodeAccess:
         except OSError:
             return True
 
+    def _silent(self, silent_s: float) -> None:
+        """It may be heard again. Until then it is not asked; our ways to its arena stay, and what it lent us."""
+        assert self.card is not None
+        logger.warning("pool node %s is silent for %.1f s", self.card.name, silent_s)
+        self._before, self.reach = self.reach, Reach.SEEKING
+        self._changed()
+
     def _lose(self, reason: str) -> None:
         name = self.card.name if self.card is not None else self.link.address
         if self.reach is not Reach.ASKING:
             logger.warning("pool node %s is lost: %s", name, reason)
         was_ready = self.ready
-        self.card, self.reach, self.memory = None, Reach.SEEKING, None
+        self._detach()
+        self._beat_s = float("-inf")
+        if was_ready:
+            self._changed()
+
+    def _detach(self) -> None:
+        self.card, self.memory, self._export = None, None, b""
+        self.reach = self._before = Reach.SEEKING
         if self._connection is not None:
             self._connection.close()
             self._connection = None
         if self._peer is not None and self._me.transport is not None:
             try:
                 self._me.transport.disconnect(self._peer)
-            except TransportError as error:
-                logger.debug("still connected to %s: %s", name, error)
+            except TransportError as error:  # operations to it are still to end
+                logger.debug("still connected to %s: %s", self._peer, error)
         self._peer = None
-        self._beat_s = float("-inf")
-        if was_ready:
-            self._changed()
 
     def close(self) -> None:
+        """What is mapped is not to be used any more: the node takes us for dead."""
         self.link.close()
-        if self._connection is not None:
-            self._connection.close()
+        self._detach()
 
     # --- bytes ---
 

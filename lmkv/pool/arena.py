@@ -23,7 +23,7 @@ def class_bytes(page_bytes: int) -> int:
     return -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Slab:
     first: int
     """Offset in the arena."""
@@ -31,7 +31,22 @@ class _Slab:
     slots: int
     used: set[int] = field(default_factory=set)
     free: list[int] = field(default_factory=list)
-    """A heap: the lowest first."""
+    """A heap: the lowest first. All below `fresh`."""
+    fresh: int = 0
+    """Slots from here on were never used."""
+
+    @property
+    def full(self) -> bool:
+        return not self.free and self.fresh == self.slots
+
+    def take(self) -> int:
+        """The lowest free slot."""
+        if self.free:
+            index = heapq.heappop(self.free)
+        else:
+            index, self.fresh = self.fresh, self.fresh + 1
+        self.used.add(index)
+        return index
 
 
 class Arena:
@@ -41,30 +56,32 @@ class Arena:
         if capacity_bytes < PAGE_ALIGNMENT_BYTES:
             raise ConfigError(f"an arena of {capacity_bytes} bytes holds no page", hint="give it at least one page")
         self.capacity_bytes = capacity_bytes
-        self._slab_bytes = min(slab_bytes, capacity_bytes // PAGE_ALIGNMENT_BYTES * PAGE_ALIGNMENT_BYTES)
+        # Sixteen slabs at least: in a small arena one page that is held must not keep a class from everything.
+        self._slab_bytes = min(slab_bytes, capacity_bytes // 16)
         self._holes: list[tuple[int, int]] = [(0, capacity_bytes)]
         """(offset, bytes) that belong to no slab, ascending, never touching."""
-        self._slabs: dict[int, _Slab] = {}
-        self._classes: dict[int, list[_Slab]] = {}
+        self._open: dict[int, list[_Slab]] = {}
         """By slot size: slabs with free slots, the one in use last."""
         self._slab_of: dict[int, _Slab] = {}
         """By offset of a slot in use."""
         self.used_bytes = 0
+        self.classes: dict[int, int] = {}
+        """Slots in use by slot size."""
 
     def allocate(self, page_bytes: int) -> int | None:
         """Offset of a slot, or None: there is neither a free slot nor room for a slab."""
         size = class_bytes(page_bytes)
-        open_slabs = self._classes.setdefault(size, [])
-        if not open_slabs and not self._open_slab(size):
+        if not self._open.get(size) and not self._open_slab(size):
             return None
+        open_slabs = self._open[size]
         slab = open_slabs[-1]
-        index = heapq.heappop(slab.free)
-        if not slab.free:
+        index = slab.take()
+        if slab.full:
             open_slabs.pop()
-        slab.used.add(index)
         offset = slab.first + index * size
         self._slab_of[offset] = slab
         self.used_bytes += size
+        self.classes[size] = self.classes.get(size, 0) + 1
         return offset
 
     def free(self, offset: int) -> None:
@@ -73,26 +90,25 @@ class Arena:
         index = (offset - slab.first) // slab.slot_bytes
         slab.used.remove(index)
         self.used_bytes -= slab.slot_bytes
-        open_slabs = self._classes[slab.slot_bytes]
-        if not slab.free:
+        self.classes[slab.slot_bytes] -= 1
+        if not self.classes[slab.slot_bytes]:
+            del self.classes[slab.slot_bytes]
+        open_slabs = self._open[slab.slot_bytes]
+        if slab.full:
             open_slabs.insert(0, slab)
         heapq.heappush(slab.free, index)
         if not slab.used:
             open_slabs.remove(slab)
-            del self._slabs[slab.first]
             self._give_back(slab.first, slab.slots * slab.slot_bytes)
+
+    def slab(self, offset: int) -> int:
+        """Where the slab of a slot in use begins."""
+        return self._slab_of[offset].first
 
     def neighbours(self, offset: int) -> Iterator[int]:
         """Offsets of all slots in use of the slab that `offset` is in: to free these makes room for another class."""
         slab = self._slab_of[offset]
         return iter([slab.first + index * slab.slot_bytes for index in sorted(slab.used)])
-
-    def classes(self) -> dict[int, int]:
-        """Slots in use by slot size."""
-        found: dict[int, int] = {}
-        for slab in self._slabs.values():
-            found[slab.slot_bytes] = found.get(slab.slot_bytes, 0) + len(slab.used)
-        return found
 
     def _open_slab(self, slot_bytes: int) -> bool:
         """The first hole with room for a whole slab, else for a single slot at least."""
@@ -110,9 +126,8 @@ class Arena:
         slots = min(wanted, size) // slot_bytes
         taken = slots * slot_bytes
         self._holes[best : best + 1] = [(first + taken, size - taken)] if size > taken else []
-        slab = _Slab(first, slot_bytes, slots, free=list(range(slots)))
-        self._slabs[first] = slab
-        self._classes.setdefault(slot_bytes, []).append(slab)
+        slab = _Slab(first, slot_bytes, slots)
+        self._open.setdefault(slot_bytes, []).append(slab)
         return True
 
     def _give_back(self, first: int, size: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -24,8 +24,7 @@ logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4096
 PROBE_EVERY_S = 1.0
-FORGET_S = 3600.0
-"""A silent client is probed for so long. What it may still write to stays in quarantine after that."""
+"""As long as a client is silent. What it may still write to stays in quarantine."""
 
 
 @dataclass(slots=True)
@@ -35,7 +34,8 @@ class Client:
     heard_s: float
     transport_id: PeerId | None = None
     scratch: Extents | None = None
-    share: socket.socket | None = None
+    shares: set[socket.socket] = field(default_factory=set)
+    """It maps the arena as long as one of these is open."""
     probe_s: float = 0.0
 
 
@@ -56,6 +56,11 @@ class Clients:
     def __len__(self) -> int:
         return len(self._clients)
 
+    @property
+    def remote(self) -> int:
+        """Those on the data plane."""
+        return len(self._by_transport)
+
     def find(self, incarnation: Incarnation, rank: Rank) -> Client | None:
         return self._clients.get((incarnation, rank))
 
@@ -63,7 +68,7 @@ class Clients:
         """How each client reaches the arena, by its name and rank."""
         return {
             f"{client.name}/{client.writer[1]}": "maps it"
-            if client.share
+            if client.shares
             else "data plane"
             if client.transport_id
             else "asks"
@@ -80,6 +85,8 @@ class Clients:
         client.heard_s = now_s
         if not message.export or client.transport_id is not None:
             return ""
+        if message.scratch_bytes < 0 or not 0 <= message.scratch_address < 1 << 63:
+            return f"scratch memory of {message.scratch_bytes} bytes at {message.scratch_address} cannot be"
         if self._transport is None:
             return "this node has no data plane (--transport none): only processes of its host can use it"
         try:
@@ -95,13 +102,18 @@ class Clients:
     def shared(self, writer: Writer, connection: socket.socket, now_s: float) -> None:
         """The client has mapped the arena; `connection` ends with it."""
         client = self._clients.setdefault(writer, Client(writer, f"engine {writer[0]}", now_s))
-        client.share = connection
+        client.shares.add(connection)
 
-    def share_ended(self, writer: Writer) -> None:
+    def can_write(self, writer: Writer) -> bool:
+        """It has a way to the arena, by whose end its death is proved."""
         client = self._clients.get(writer)
-        if client is not None and client.share is not None:
-            client.share.close()
-            client.share = None
+        return client is not None and (bool(client.shares) or client.transport_id is not None)
+
+    def share_ended(self, writer: Writer, connection: socket.socket) -> None:
+        client = self._clients.get(writer)
+        connection.close()
+        if client is not None and connection in client.shares:
+            client.shares.remove(connection)
             self._dead(client, "its process has ended")
 
     def heard(self, incarnation: Incarnation, rank: Rank, now_s: float) -> bool:
@@ -122,7 +134,7 @@ class Clients:
         writer = self._by_transport.pop(transport_id, None)
         client = self._clients.get(writer) if writer is not None else None
         if client is not None:
-            client.transport_id = None
+            client.transport_id = client.scratch = None
             self._dead(client, reason)
 
     def tick(self, now_s: float) -> None:
@@ -130,10 +142,8 @@ class Clients:
             silent_s = now_s - client.heard_s
             if silent_s < self._silent_s:
                 continue
-            if client.transport_id is None and client.share is None:
+            if client.transport_id is None and not client.shares:
                 del self._clients[client.writer]  # it only asked
-            elif silent_s > FORGET_S and client.share is None:
-                self._forget(client)
             elif now_s - client.probe_s >= PROBE_EVERY_S and client.writer not in self._probes.values():
                 client.probe_s = now_s
                 self._probe(client)
@@ -147,12 +157,8 @@ class Clients:
         except TransportError as error:
             logger.debug("client %s cannot be written to: %s", client.name, error)
 
-    def _forget(self, client: Client) -> None:
-        logger.warning("client %s has been silent for an hour; what it may write to stays unused", client.name)
-        del self._clients[client.writer]
-
     def _dead(self, client: Client, reason: str) -> None:
-        if client.share is None and client.transport_id is None:
+        if not client.shares and client.transport_id is None:
             logger.info("client %s rank %d is gone: %s", client.name, client.writer[1], reason)
             self._clients.pop(client.writer, None)
             self._gone(client.writer)

@@ -23,21 +23,45 @@ logger = logging.getLogger(__name__)
 
 Send = Callable[[bytes, pw.PoolMessage], None]
 MOST_LISTED = 10_000
+MOST_KEYS = 65536
+MOST_SHARDS = 1024
+MOST_NAMESPACES = 65536
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """A pin that waits for pages to come up."""
+class _WaitingPin:
+    """It waits for pages to come up."""
 
     identity: bytes
     question: pw.Pin
     run: list[Entry]
+    tiers: list[Tier]
     until_s: float
     left: int
 
     def came_up(self, here: bool) -> None:
         """One page more is decided; one that is not here ends the run when it is pinned."""
         self.left -= 1
+
+
+@dataclass(slots=True)
+class _WaitingCommit:
+    """It waits for pages to become durable."""
+
+    identity: bytes
+    token: int
+    refusals: tuple[Refusal, ...]
+    until_s: float
+    left: int
+    durable: bool = True
+
+    def settled(self, durable: bool) -> None:
+        self.left -= 1
+        self.durable = self.durable and durable
+
+    @property
+    def reached(self) -> Ack:
+        return Ack.DURABLE if self.durable and self.left == 0 else Ack.VOLATILE
 
 
 class Desk:
@@ -64,7 +88,8 @@ class Desk:
         self._tiering, self._publisher, self._send = tiering, publisher, send
         self._most_lease_s, self._write_lease_s = most_lease_s, write_lease_s
         self._replicate = replicate
-        self._waiting: list[_Waiting] = []
+        self._pins: list[_WaitingPin] = []
+        self._commits: list[_WaitingCommit] = []
         self._drains: list[tuple[bytes, int, bool]] = []
 
     def take(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
@@ -81,22 +106,20 @@ class Desk:
             case pw.Commit():
                 self._commit(identity, message, now_s)
             case pw.Abandon():
-                for generation in message.generations:
-                    self._index.abandon((message.incarnation, message.rank), generation, message.drained)
+                self._abandon(message)
             case pw.Pin():
                 self._pin(identity, message, now_s)
             case pw.Unpin():
                 self._unpin(message)
             case pw.Touch():
-                for key in self._keys(message.namespace, message.keys):
-                    self._index.touch(key)
+                self._touch(self._keys(message.namespace, message.keys))
             case _:
                 self._administer(identity, message, now_s)
 
     def _administer(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
         match message:
             case pw.Drop():
-                self._send(identity, pw.Dropped(message.token, self._drop(message)))
+                self._drop(identity, message)
             case pw.Drain():
                 self.drain(identity, message.token, message.stop)
             case pw.ListKeys():
@@ -128,6 +151,8 @@ class Desk:
     def _declare(self, namespace: bytes, description: str) -> None:
         if namespace in self.namespaces:
             return
+        if len(self.namespaces) >= MOST_NAMESPACES:
+            raise WireError(f"this node knows {MOST_NAMESPACES} namespaces already")
         if namespace_of(description) != namespace:
             raise WireError(f"namespace {namespace.hex()} is not that of its description")
         self.namespaces[namespace] = description
@@ -141,14 +166,26 @@ class Desk:
         keys = self._keys(message.namespace, message.keys)
         if not self._clients.heard(*writer, now_s):
             raise WireError("say hello first: this node does not know you")
-        if message.page_bytes < 1 or not 0 <= message.shard < message.shards <= 1024:
+        if not self._clients.can_write(writer):
+            raise WireError("map the arena, or say hello with an export: there is no way for you to write")
+        if message.page_bytes < 1 or not 0 <= message.shard < message.shards <= MOST_SHARDS:
             raise WireError(f"page of {message.page_bytes} bytes, shard {message.shard} of {message.shards}")
         if self.draining:
             slots = [pw.Slot(-1, 0, Refusal.DRAINING)] * len(keys)
+            self._index.counters["reserve:draining"] += len(keys)
         else:
-            slots = self._index.reserve(writer, keys, message.page_bytes, message.shards, now_s)
+            slots = self._index.reserve(
+                writer, keys, message.page_bytes, message.shards, message.shard, now_s, message.token
+            )
         point("reserve:allocated")
         self._send(identity, pw.Reserved(message.token, tuple(slots), self._write_lease_s))
+
+    def _abandon(self, message: pw.Abandon) -> None:
+        writer = (message.incarnation, message.rank)
+        if message.question:
+            self._index.take_back(writer, self._keys(message.namespace, message.keys), message.question)
+        for generation in message.generations:
+            self._index.abandon(writer, generation, message.drained)
 
     def _commit(self, identity: bytes, message: pw.Commit, now_s: float) -> None:
         writer = (message.incarnation, message.rank)
@@ -157,57 +194,61 @@ class Desk:
             raise WireError(f"{len(keys)} keys, {len(message.generations)} generations, {len(message.checksums)} sums")
         point("commit:before")
         refusals, fresh = [], []
-        # A chain is told to the policy from its end, so that ends are given up before beginnings (ADR 7).
-        told = list(zip(keys, message.generations, message.checksums, strict=True))
-        for key, generation, sums in reversed(told):
+        # From the last to the first: the end of a chain is to be evicted before its beginning.
+        whole = list(zip(keys, message.generations, message.checksums, strict=True))
+        for key, generation, sums in reversed(whole):
             why = self._index.commit(writer, key, generation, message.shard, sums, now_s)
             refusals.append(why)
             entry = self._index.find(key) if why is Refusal.NONE else None
             if entry is not None:
                 fresh.append(entry)
-        refusals.reverse()
         point("commit:visible")
+        refusals.reverse()
+        fresh.reverse()
         for entry in fresh:
             self._tiering.visible(entry)
-        done = pw.Committed(message.token, tuple(refusals))
         if message.ack is not Ack.DURABLE or not fresh:
-            self._send(identity, done)
+            self._send(identity, pw.Committed(message.token, tuple(refusals)))
             return
-        left, reached = len(fresh), []
-
-        def settled(durable: bool) -> None:
-            reached.append(durable)
-            if len(reached) == left:
-                ack = Ack.DURABLE if all(reached) else Ack.VOLATILE
-                self._send(identity, pw.Committed(message.token, done.refusals, ack))
-
+        until_s = now_s + _seconds("wait_s", message.wait_s)
+        waiting = _WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh))
+        self._commits.append(waiting)
         for entry in fresh:
-            self._tiering.make_durable(entry, settled)
+            self._tiering.make_durable(entry, waiting.settled)
 
     # --- reading ---
 
+    def _touch(self, keys: list[bytes]) -> None:
+        for key in reversed(keys):
+            self._index.touch(key)
+
     def _pin(self, identity: bytes, message: pw.Pin, now_s: float) -> None:
+        wait_s = min(_seconds("wait_s", message.wait_s), self._most_lease_s)
+        _seconds("lease_s", message.lease_s)
         run = self._index.run(self._keys(message.namespace, message.keys))
-        run = run[: self._leases.fits(run)]
-        below = [entry for entry in run if Tier.DRAM not in entry.tiers]
-        if not below or message.wait_s <= 0:
-            self._pinned(identity, message, run, now_s)
+        tiers = [entry.tiers for entry in run]
+        below = [entry for entry in run[: self._leases.fits(run)] if Tier.DRAM not in entry.tiers]
+        waiting = _WaitingPin(identity, message, run, tiers, now_s + wait_s, len(below))
+        if not below or not wait_s:
+            self._pinned(waiting, now_s)
             return
         # What is here already must not go while the rest comes up.
-        waiting = _Waiting(identity, message, run, now_s + message.wait_s, len(below))
         for entry in run:
             self._index.hold(entry)
-        self._waiting.append(waiting)
+        self._pins.append(waiting)
         for entry in below:
             self._tiering.promote(entry, waiting.came_up)
 
     def settle(self, now_s: float) -> None:
         """Answer what has waited long enough."""
-        for waiting in [w for w in self._waiting if w.left == 0 or now_s > w.until_s]:
-            self._waiting.remove(waiting)
-            self._pinned(waiting.identity, waiting.question, waiting.run, now_s)
-            for entry in waiting.run:
+        for pin in [w for w in self._pins if w.left == 0 or now_s > w.until_s]:
+            self._pins.remove(pin)
+            self._pinned(pin, now_s)
+            for entry in pin.run:
                 self._index.release(entry)
+        for commit in [w for w in self._commits if w.left == 0 or now_s > w.until_s]:
+            self._commits.remove(commit)
+            self._send(commit.identity, pw.Committed(commit.token, commit.refusals, commit.reached))
         if self._drains and not self._tiering.busy:
             for identity, token, stop in self._drains:
                 volatile = sum(1 for entry in self._index.entries() if entry.tiers == Tier.DRAM)
@@ -217,55 +258,72 @@ class Desk:
             self._drains.clear()
 
     def next_s(self, now_s: float) -> float:
-        return min((w.until_s - now_s for w in self._waiting), default=3600.0)
+        ends_s = [pin.until_s for pin in self._pins] + [commit.until_s for commit in self._commits]
+        return min(ends_s, default=now_s + 3600.0) - now_s
 
-    def _pinned(self, identity: bytes, message: pw.Pin, run: list[Entry], now_s: float) -> None:
+    def _pinned(self, waiting: _WaitingPin, now_s: float) -> None:
+        message, run = waiting.question, waiting.run
+        fits = self._leases.fits(run)
         here: list[Entry] = []
-        for entry in run:
+        for entry in run[:fits]:
             if entry.condemned or Tier.DRAM not in entry.tiers:
                 break
             here.append(entry)
+        asked = len(message.keys) // pw.PAGE_KEY_BYTES
+        why = Refusal.NONE
+        if len(here) < asked:
+            why = Refusal.ABSENT if len(here) == len(run) else Refusal.FULL if len(here) == fits else Refusal.BUSY
+            self._index.counters[f"pin:{why.name.lower()}"] += asked - len(here)
         lease, lease_s = 0, min(message.lease_s, self._most_lease_s)
         if here:
             lease = self._leases.pin((message.incarnation, message.rank), here, lease_s, now_s)
-            for entry in reversed(here):  # as above
-                self._index.touch(entry.key)
+            self._touch([entry.key for entry in here])
+            for entry in here:
                 self._tiering.hit(entry)
-        asked = len(message.keys) // pw.PAGE_KEY_BYTES
-        why = Refusal.NONE if len(here) == asked else Refusal.BUSY if len(here) < len(run) else Refusal.ABSENT
         self._index.counters["pin:pages"] += len(here)
-        self._index.counters["pin:absent"] += asked - len(here)
-        pages = tuple(pw.Page(e.offset, e.generation, e.checksums) for e in here)
+        pages = tuple(
+            pw.Page(e.offset, e.generation, e.checksums, _best(tiers))
+            for e, tiers in zip(here, waiting.tiers, strict=False)
+        )
         size = here[0].page_bytes if here else 0
         below = run[len(here) :]
         below_s = self._tiering.promotion_s(below)
-        self._send(identity, pw.Pinned(message.token, lease, lease_s, size, pages, why, len(below), below_s))
+        pinned = pw.Pinned(message.token, lease, lease_s, size, pages, why, len(below), below_s)
+        self._send(waiting.identity, pinned)
 
     def _unpin(self, message: pw.Unpin) -> None:
-        self._leases.unpin(message.lease)
+        pinned = self._leases.pinned(message.lease)
         if message.corrupt:
-            keys = self._keys(message.namespace, message.corrupt)
-            self._index.counters["corrupt"] += len(keys)
-            logger.error("%d pages were found corrupt by a reader, and are dropped", len(keys))
-            self._forget(keys)
+            keys = set(self._keys(message.namespace, message.corrupt))
+            # Only what was held: the bytes of a page that went meanwhile prove nothing.
+            wrong = [e.key for e in pinned if e.key in keys and self._index.find(e.key) is e]
+            self._index.counters["corrupt"] += len(wrong)
+            logger.error("%d pages were found corrupt by a reader, and are dropped", len(wrong))
+            self._forget(wrong)
+        self._leases.unpin(message.lease)
 
     # --- administration ---
 
-    def _drop(self, message: pw.Drop) -> int:
+    def _drop(self, identity: bytes, message: pw.Drop) -> None:
+        """Answered when the pages are gone from the tiers too, for good."""
         point("drop:before")
+        count = 0
+
+        def dropped() -> None:
+            self._send(identity, pw.Dropped(message.token, count))
+
         if message.keys:
             keys = self._keys(message.namespace, message.keys)
+            count = sum(self._index.drop(key) for key in keys)
+            self._tiering.dropped(keys, dropped)
         else:
-            keys = [e.key for e in self._index.entries() if e.key.startswith(message.namespace)]
-        count = self._forget(keys)
-        if not message.keys:
-            self._tiering.dropped_namespace(message.namespace)
-        return count
+            count = sum(self._index.drop(key) for key in self._index.keys(message.namespace))
+            self._tiering.dropped_namespace(message.namespace, dropped)
 
-    def _forget(self, keys: list[bytes]) -> int:
-        count = sum(self._index.drop(key) for key in keys)
+    def _forget(self, keys: list[bytes]) -> None:
+        for key in keys:
+            self._index.drop(key)
         self._tiering.dropped(keys)
-        return count
 
     def drain(self, identity: bytes, token: int, stop: bool) -> None:
         """`identity` b"": nobody waits for an answer."""
@@ -284,10 +342,13 @@ class Desk:
     def stats(self) -> dict[str, object]:
         return {
             "pages": len(self._index),
+            "capacity_bytes": self.card.arena_bytes,
+            "used_bytes": self._index.used_bytes,
             "reserved": self._index.reserved,
             "quarantined_bytes": self._index.quarantined_bytes,
             "pinned_bytes": self._leases.pinned_bytes,
             "leases": len(self._leases),
+            "waiting": len(self._pins) + len(self._commits),
             "clients": self._clients.names(),
             "draining": self.draining,
             "namespaces": {namespace.hex(): text for namespace, text in self.namespaces.items()},
@@ -305,4 +366,18 @@ class Desk:
     def _keys(self, namespace: bytes, keys: bytes) -> list[bytes]:
         if len(namespace) != pw.NAMESPACE_BYTES:
             raise WireError(f"a namespace has {pw.NAMESPACE_BYTES} bytes, not {len(namespace)}")
+        if len(keys) > MOST_KEYS * pw.PAGE_KEY_BYTES:
+            raise WireError(f"more than {MOST_KEYS} keys in one message")
         return [namespace + key for key in pw.split_keys(keys)]
+
+
+def _best(tiers: Tier) -> Tier:
+    """The quickest of them."""
+    return next(tier for tier in (Tier.DRAM, Tier.DISK, Tier.OBJECT) if tier in tiers)
+
+
+def _seconds(name: str, value: float) -> float:
+    """Raises WireError for what is no duration (NaN would never be over)."""
+    if not 0.0 <= value < float("inf"):
+        raise WireError(f"{name} is {value}")
+    return value

@@ -17,61 +17,36 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 from lmkv.ids import Incarnation, Rank
 from lmkv.poolwire import Refusal, Slot, Tier
 
 from .arena import Arena, class_bytes
+from .entry import NO_TIER, NOBODY, NOWHERE, Entry, Task, Writer
 from .policy import Policy
+from .room import Room
 
-NOWHERE = -1
-NO_TIER = Tier(0)
-NOBODY = Incarnation("")
-Writer = tuple[Incarnation, Rank]
-LOWER = Tier.DISK | Tier.OBJECT
-
-
-@dataclass(slots=True, eq=False)
-class Entry:
-    """One page. `tiers` NONE while it is reserved. `checksums` are complete once it is PRESENT."""
-
-    key: bytes
-    page_bytes: int
-    tiers: Tier = NO_TIER
-    offset: int = NOWHERE
-    generation: int = 0
-    holds: int = 0
-    condemned: bool = False
-    """Dropped while held: the slot goes with the last hold."""
-    shares: list[tuple[int, ...] | None] = field(default_factory=list)
-    """While RESERVED: checksums by share, as they are committed."""
-    writing: set[Writer] = field(default_factory=set)
-    """Who may still write to the slot."""
-    owner: Incarnation = NOBODY
-    until_s: float = 0.0
-    """While RESERVED: end of the writers' lease."""
-    checksums: tuple[int, ...] = ()
-
-    @property
-    def present(self) -> bool:
-        return bool(self.tiers)
+__all__ = ["Entry", "PoolIndex", "Writer"]
 
 
 class PoolIndex:
-    """`policy_for()` makes the eviction order of one size class. Not thread-safe."""
+    """`policy_for()` makes the eviction order of one size class. `first_generation`: one that no node before has come
+    to, so that what was meant for it is STALE here. Not thread-safe."""
 
-    def __init__(self, arena: Arena, policy_for: Callable[[], Policy], write_lease_s: float = 30.0) -> None:
-        self._arena = arena
-        self._policy_for = policy_for
+    def __init__(
+        self,
+        arena: Arena,
+        policy_for: Callable[[], Policy],
+        write_lease_s: float = 30.0,
+        first_generation: int = 1,
+    ) -> None:
+        self._room = Room(arena, policy_for, self._evicted, first_generation)
         self._write_lease_s = write_lease_s
         self._pages: dict[bytes, Entry] = {}
-        self._policies: dict[int, Policy] = {}
         self._reserved: dict[int, Entry] = {}
         """By generation, RESERVED only."""
         self._quarantine: dict[int, Entry] = {}
         """By generation: slots of no page, with writers that may still write."""
-        self._next_generation = 1
         self._events: list[tuple[bytes, Tier]] = []
         self.counters: Counter[str] = Counter()
 
@@ -93,7 +68,7 @@ class PoolIndex:
     @property
     def used_bytes(self) -> int:
         """Of the arena, by slots of whatever state."""
-        return self._arena.used_bytes
+        return self._room.used_bytes
 
     @property
     def quarantined_bytes(self) -> int:
@@ -110,26 +85,52 @@ class PoolIndex:
 
     # --- writing ---
 
-    def reserve(self, writer: Writer, keys: Iterable[bytes], page_bytes: int, shards: int, now_s: float) -> list[Slot]:
-        """By object key: a slot, or why there is none. Ranks of one engine (incarnation) share a reservation."""
-        return [self._reserve(writer, key, page_bytes, shards, now_s) for key in keys]
+    def reserve(
+        self,
+        writer: Writer,
+        keys: Sequence[bytes],
+        page_bytes: int,
+        shards: int,
+        shard: int,
+        now_s: float,
+        question: int = 0,
+    ) -> list[Slot]:
+        """By object key: a slot, or why there is none. Ranks of one engine (incarnation) share a reservation, each with
+        a share of its own. `question`: see `take_back`."""
+        slots: list[Slot] = []
+        full = False
+        for key in keys:
+            entry = self._pages.get(key)
+            if entry is None and not full:
+                entry = self._new(key, page_bytes, shards, writer[0])
+                full = entry is None
+            slots.append(self._grant(entry, writer, page_bytes, shards, Task(shard, question), now_s))
+        for key, slot in zip(reversed(keys), reversed(slots), strict=True):
+            if slot.refusal is Refusal.EXISTS:
+                self.touch(key)
+        return slots
 
-    def _reserve(self, writer: Writer, key: bytes, page_bytes: int, shards: int, now_s: float) -> Slot:
-        entry = self._pages.get(key)
-        if entry is not None and entry.present:
-            self._touch(entry)
-            return self._refuse(Refusal.EXISTS, "reserve")
+    def _new(self, key: bytes, page_bytes: int, shards: int, owner: Incarnation) -> Entry | None:
+        entry = Entry(key, page_bytes, shares=[None] * shards, owner=owner)
+        if not self._room.place(entry):
+            return None
+        self._pages[key] = self._reserved[entry.generation] = entry
+        self.counters["reserve:new"] += 1
+        return entry
+
+    def _grant(
+        self, entry: Entry | None, writer: Writer, page_bytes: int, shards: int, task: Task, now_s: float
+    ) -> Slot:
         if entry is None:
-            offset = self.make_room(page_bytes)
-            if offset is None:
-                return self._refuse(Refusal.FULL, "reserve")
-            entry = self._pages[key] = Entry(key, page_bytes, shares=[None] * shards, owner=writer[0])
-            self._place(entry, offset)
-            self._reserved[entry.generation] = entry
-            self.counters["reserve:new"] += 1
-        elif entry.owner != writer[0] or entry.page_bytes != page_bytes or len(entry.shares) != shards:
+            return self._refuse(Refusal.FULL, "reserve")
+        if entry.present:
+            return self._refuse(Refusal.EXISTS, "reserve")
+        other = entry.owner != writer[0] or entry.page_bytes != page_bytes or len(entry.shares) != shards
+        # One share has one writer, once: a second could still be writing when the page is complete.
+        taken = other or entry.shares[task.shard] is not None or task.shard in (t.shard for t in entry.writing.values())
+        if taken or writer in entry.writing:
             return self._refuse(Refusal.BUSY, "reserve")
-        entry.writing.add(writer)
+        entry.writing[writer] = task
         entry.until_s = now_s + self._write_lease_s
         return Slot(entry.offset, entry.generation)
 
@@ -140,15 +141,16 @@ class PoolIndex:
         entry = self._reserved.get(generation)
         if entry is None or entry.key != key:
             self._drained(writer, generation)
-            known = generation < self._next_generation
+            known = generation < self._room.next_generation
             return self._refusal(Refusal.STALE if known else Refusal.UNKNOWN, "commit")
-        if writer not in entry.writing or not 0 <= shard < len(entry.shares) or entry.shares[shard] is not None:
+        task = entry.writing.get(writer)
+        if task is None or task.shard != shard:
             return self._refusal(Refusal.UNKNOWN, "commit")
         if now_s > entry.until_s:
             self._quarantine_page(entry)
             self._drained(writer, generation)
             return self._refusal(Refusal.STALE, "commit")
-        entry.writing.discard(writer)
+        del entry.writing[writer]
         entry.shares[shard] = checksums
         if all(share is not None for share in entry.shares):
             self._publish(entry)
@@ -159,7 +161,7 @@ class PoolIndex:
         entry.checksums = tuple(c for share in entry.shares if share is not None for c in share)
         entry.shares, entry.owner = [], NOBODY
         entry.tiers = Tier.DRAM
-        self._policy(entry).added(entry.key, class_bytes(entry.page_bytes))
+        self._room.enter(entry)
         self.counters["commit:visible"] += 1
         self._tell(entry)
 
@@ -171,6 +173,14 @@ class PoolIndex:
             self._quarantine_page(entry)
         if drained:
             self._drained(writer, generation)
+
+    def take_back(self, writer: Writer, keys: Iterable[bytes], question: int) -> None:
+        """The writer has not heard the answer to this question, and never will: what it was given is not written to."""
+        keys = set(keys)
+        for entry in [*self._reserved.values(), *self._quarantine.values()]:
+            task = entry.writing.get(writer)
+            if task is not None and task.question == question and entry.key in keys:
+                self.abandon(writer, entry.generation, drained=True)
 
     def expire(self, now_s: float) -> int:
         """Reservations whose lease is over go to quarantine. Returns how many did."""
@@ -198,16 +208,16 @@ class PoolIndex:
             self._quarantine[entry.generation] = entry
             self.counters["quarantined"] += 1
         else:
-            self._arena.free(entry.offset)
+            self._room.free(entry)
 
     def _drained(self, writer: Writer, generation: int) -> None:
         entry = self._quarantine.get(generation)
         if entry is None:
             return
-        entry.writing.discard(writer)
+        entry.writing.pop(writer, None)
         if not entry.writing:
             del self._quarantine[generation]
-            self._arena.free(entry.offset)
+            self._room.free(entry)
 
     # --- reading ---
 
@@ -228,16 +238,12 @@ class PoolIndex:
     def release(self, entry: Entry) -> None:
         entry.holds -= 1
         if entry.condemned and entry.holds == 0:
-            self._give_up_slot(entry)
+            self._room.free(entry)
 
     def touch(self, key: bytes) -> None:
         entry = self.find(key)
         if entry is not None:
-            self._touch(entry)
-
-    def _touch(self, entry: Entry) -> None:
-        if entry.offset != NOWHERE:
-            self._policy(entry).touched(entry.key)
+            self._room.touch(entry)
 
     # --- tiers ---
 
@@ -263,70 +269,26 @@ class PoolIndex:
         self._set_tiers(entry, entry.tiers & ~tier)
         if not entry.present:
             del self._pages[key]
+            entry.condemned = True  # it may be on its way up
 
     def start_promotion(self, entry: Entry) -> bool:
         """Give the page a slot to be read into; False: no room. The caller holds it."""
-        offset = self.make_room(entry.page_bytes)
-        if offset is None:
-            self.counters["promote:full"] += 1
-            return False
-        self._place(entry, offset)
-        return True
+        if self._room.place(entry):
+            return True
+        self.counters["promote:full"] += 1
+        return False
 
     def promoted(self, entry: Entry, error: bool) -> None:
         """The slot has the page's bytes (or not: then it is freed). The caller still holds it."""
         if error or entry.condemned:
-            if entry.offset != NOWHERE:
-                self._arena.free(entry.offset)
-                entry.offset = NOWHERE
+            self._room.free(entry)
             return
-        self._policy(entry).added(entry.key, class_bytes(entry.page_bytes))
+        self._room.enter(entry)
         self._set_tiers(entry, entry.tiers | Tier.DRAM)
 
-    # --- room ---
+    # --- away ---
 
-    def make_room(self, page_bytes: int) -> int | None:
-        """A free slot, after evicting what has to go for it; None when too much is held."""
-        offset = self._arena.allocate(page_bytes)
-        while offset is None:
-            if not self._evict_one(class_bytes(page_bytes)) and not self._evict_slab(class_bytes(page_bytes)):
-                return None
-            offset = self._arena.allocate(page_bytes)
-        return offset
-
-    def _evict_one(self, size: int) -> bool:
-        policy = self._policies.get(size)
-        for key in policy.victims() if policy is not None else ():
-            entry = self._pages[key]
-            if entry.holds == 0:
-                self._evict(entry)
-                return True
-        return False
-
-    def _evict_slab(self, size: int) -> bool:
-        """Another class has to give up a slab: of the one with most bytes, where its first victim lies."""
-        others = sorted(
-            ((other * count, other) for other, count in self._arena.classes().items() if other != size), reverse=True
-        )
-        for _, other in others:
-            policy = self._policies.get(other)
-            for key in policy.victims() if policy is not None else ():
-                slab = [self._at(offset) for offset in self._arena.neighbours(self._pages[key].offset)]
-                if all(entry is not None and entry.holds == 0 for entry in slab):
-                    for entry in slab:
-                        assert entry is not None
-                        self._evict(entry)
-                    return True
-        return False
-
-    def _at(self, offset: int) -> Entry | None:
-        """The visible page in a slot. Rare, so there is no map for it."""
-        return next((e for e in self._pages.values() if e.offset == offset and Tier.DRAM in e.tiers), None)
-
-    def _evict(self, entry: Entry) -> None:
-        self._policy(entry).evicted(entry.key)
-        self._arena.free(entry.offset)
-        entry.offset = NOWHERE
+    def _evicted(self, entry: Entry) -> None:
         self.counters["evicted"] += 1
         self.counters["evicted_bytes"] += entry.page_bytes
         self._set_tiers(entry, entry.tiers & ~Tier.DRAM)
@@ -343,31 +305,18 @@ class PoolIndex:
             self._quarantine_page(entry)
             return False
         del self._pages[key]
-        if Tier.DRAM in entry.tiers:
-            self._policy(entry).removed(key)
+        self._room.leave(entry)
         self._set_tiers(entry, NO_TIER)
         entry.condemned = True
         if entry.holds == 0:
-            self._give_up_slot(entry)
+            self._room.free(entry)
         return True
 
-    def _give_up_slot(self, entry: Entry) -> None:
-        if entry.offset != NOWHERE:
-            self._arena.free(entry.offset)
-            entry.offset = NOWHERE
+    def keys(self, namespace: bytes) -> list[bytes]:
+        """All pages of a namespace (b"": of all), also those that are being written."""
+        return [key for key in self._pages if key.startswith(namespace)]
 
     # --- inside ---
-
-    def _place(self, entry: Entry, offset: int) -> None:
-        entry.offset, entry.generation = offset, self._next_generation
-        self._next_generation += 1
-
-    def _policy(self, entry: Entry) -> Policy:
-        size = class_bytes(entry.page_bytes)
-        policy = self._policies.get(size)
-        if policy is None:
-            policy = self._policies[size] = self._policy_for()
-        return policy
 
     def _set_tiers(self, entry: Entry, tiers: Tier) -> None:
         if tiers != entry.tiers:

@@ -21,21 +21,24 @@ class _Lease:
 
 
 class Leases:
-    """Not thread-safe. `most_bytes` bounds what may be pinned at a time."""
+    """Not thread-safe. `most_bytes` bounds what may be pinned at a time. `first`: a number that no node before has come
+    to, so that an unpin meant for that one finds nothing here."""
 
-    def __init__(self, index: PoolIndex, counters: Counter[str], most_bytes: int) -> None:
+    def __init__(self, index: PoolIndex, counters: Counter[str], most_bytes: int, first: int = 1) -> None:
         self._index = index
         self._counters = counters
         self._most_bytes = most_bytes
         self._leases: dict[int, _Lease] = {}
-        self._next = 1
+        self._next = first
+        self._pins: Counter[Entry] = Counter()
         self.pinned_bytes = 0
+        """Of pages, each counted once."""
 
     def fits(self, entries: Sequence[Entry]) -> int:
         """How many of these, from the first on, may be pinned now."""
         room = self._most_bytes - self.pinned_bytes
         for count, entry in enumerate(entries):
-            room -= entry.page_bytes
+            room -= entry.page_bytes if entry not in self._pins else 0
             if room < 0:
                 return count
         return len(entries)
@@ -45,7 +48,8 @@ class Leases:
         lease, self._next = self._next, self._next + 1
         for entry in entries:
             self._index.hold(entry)
-        self.pinned_bytes += sum(entry.page_bytes for entry in entries)
+            self._pins[entry] += 1
+            self.pinned_bytes += entry.page_bytes if self._pins[entry] == 1 else 0
         self._leases[lease] = _Lease(reader, entries, now_s + lease_s)
         return lease
 
@@ -56,8 +60,16 @@ class Leases:
             return False
         for entry in found.entries:
             self._index.release(entry)
-        self.pinned_bytes -= sum(entry.page_bytes for entry in found.entries)
+            self._pins[entry] -= 1
+            if not self._pins[entry]:
+                del self._pins[entry]
+                self.pinned_bytes -= entry.page_bytes
         return True
+
+    def pinned(self, lease: int) -> Sequence[Entry]:
+        """Nothing for what is not (any more) a lease."""
+        found = self._leases.get(lease)
+        return found.entries if found is not None else ()
 
     def expire(self, now_s: float) -> None:
         for lease in [lease for lease, found in self._leases.items() if now_s > found.until_s]:

@@ -1,8 +1,13 @@
-"""Questions to one pool node or controller: a DEALER, tokens, deadlines, callbacks. One thread owns a link."""
+"""Questions to one pool node or controller: a DEALER, tokens, deadlines, callbacks. One thread owns a link.
+
+What a node gives away in an answer that is not awaited any more is given back: slots by taking the question back, pins
+by unpinning when the late answer comes.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -20,6 +25,7 @@ A = TypeVar("A", bound=pw.PoolMessage)
 
 @dataclass(slots=True)
 class _Open:
+    question: pw.PoolMessage
     kind: type[pw.PoolMessage]
     done: Callable[[pw.PoolMessage | None], None]
     until_s: float
@@ -39,7 +45,8 @@ class Link:
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.connect(address)
         self._open: dict[int, _Open] = {}
-        self._next_token = 1
+        # Tokens name questions to the node also after this link: none may be another link's.
+        self._next_token = int.from_bytes(os.urandom(6), "little") + 1
         self.unreadable = 0
 
     @property
@@ -55,8 +62,9 @@ class Link:
     ) -> None:
         """`question(token)` makes the message. `done` gets the answer, or None: refused, lost, or late."""
         token, self._next_token = self._next_token, self._next_token + 1
-        self._open[token] = _Open(kind, done, until_s)  # type: ignore[arg-type]
-        if not self.tell(question(token)):
+        message = question(token)
+        self._open[token] = _Open(message, kind, done, until_s)  # type: ignore[arg-type]
+        if not self.tell(message):
             self._open[token].until_s = 0.0
 
     def tell(self, message: pw.PoolMessage) -> bool:
@@ -76,7 +84,15 @@ class Link:
                 break
             self._take(payload)
         for token in [token for token, question in self._open.items() if now_s > question.until_s]:
-            self._open.pop(token).done(None)
+            late = self._open.pop(token, None)
+            if late is not None:
+                self._take_back(token, late)
+                late.done(None)
+
+    def _take_back(self, token: int, late: _Open) -> None:
+        q = late.question
+        if isinstance(q, pw.Reserve):
+            self.tell(pw.Abandon(q.incarnation, q.rank, q.namespace, q.keys, (), drained=True, question=token))
 
     def _take(self, payload: bytes) -> None:
         try:
@@ -86,8 +102,10 @@ class Link:
             logger.warning("an answer of %s was dropped: %s", self.address, error)
             return
         question = self._open.pop(getattr(message, "token", 0), None)
-        if question is None:
-            return  # late
+        if question is None:  # late
+            if isinstance(message, pw.Pinned) and message.lease:
+                self.tell(pw.Unpin(message.lease))
+            return
         if isinstance(message, pw.Unreadable):
             logger.warning("%s refuses a question: %s", self.address, message.error)
             question.done(None)
@@ -98,11 +116,17 @@ class Link:
             question.done(None)
 
     def next_s(self, now_s: float) -> float:
-        return min((question.until_s - now_s for question in self._open.values()), default=3600.0)
+        """0 also when something has come: what was sent may have taken its wake-up (`fd` tells only once)."""
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            return 0.0
+        return max(0.0, min((question.until_s - now_s for question in self._open.values()), default=3600.0))
 
     def close(self) -> None:
-        """Open questions are answered with None."""
-        self._socket.close()
-        waiting, self._open = list(self._open.values()), {}
-        for question in waiting:
+        """Open questions are answered with None. Idempotent."""
+        waiting, self._open = self._open, {}
+        if not self._socket.closed:
+            for token, question in waiting.items():
+                self._take_back(token, question)
+            self._socket.close()
+        for question in waiting.values():
             question.done(None)

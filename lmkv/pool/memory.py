@@ -26,7 +26,7 @@ _LENGTH = struct.Struct("<Q")
 
 
 class ArenaMemory:
-    """`data` is the whole arena as bytes, shared; `fd` is what others map."""
+    """`data` is the whole arena as bytes, shared; `fd` is what others map (of a node; closed by `close_fd`)."""
 
     def __init__(self, fd: int, capacity_bytes: int, kind: str) -> None:
         self.fd = fd
@@ -43,6 +43,12 @@ class ArenaMemory:
     @classmethod
     def create(cls, capacity_bytes: int, huge: bool = True) -> ArenaMemory:
         """`huge`: with huge pages if there are enough free ones. Raises ConfigError when there is no such memory."""
+        host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if capacity_bytes > host_bytes:
+            raise ConfigError(
+                f"an arena of {capacity_bytes} bytes is more than the {host_bytes} bytes of this host's memory",
+                hint="lower --capacity",
+            )
         kinds = [("huge", os.MFD_HUGETLB)] if huge and _free_huge_bytes() >= capacity_bytes else []
         for kind, flag in [*kinds, ("small", 0)]:
             size = -(-capacity_bytes // HUGE_BYTES) * HUGE_BYTES
@@ -58,6 +64,11 @@ class ArenaMemory:
                     ) from error
                 logger.info("no huge pages for the arena: %s", error)
         raise AssertionError("the last kind returns or raises")
+
+    def close_fd(self) -> None:
+        """Nobody else can map it from now on; it stays mapped here."""
+        os.close(self.fd)
+        self.fd = -1
 
     @property
     def address(self) -> int:
@@ -95,7 +106,9 @@ def listen_for_sharers(path: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
     try:
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        place.unlink(missing_ok=True)
+        if place.parent.stat().st_uid not in (0, os.getuid()):
+            raise PermissionError(errno.EPERM, f"{place.parent} belongs to another user")
+        _remove_left_over(place)
         listener.bind(path)
         place.chmod(0o600)
         listener.listen(64)
@@ -105,6 +118,19 @@ def listen_for_sharers(path: str) -> socket.socket:
             f"cannot share the arena at {path}: {error}", hint="give another path with --share, or --share none"
         ) from error
     return listener
+
+
+def _remove_left_over(place: Path) -> None:
+    """The socket of a node that has died. Raises OSError when one listens there."""
+    if not place.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(place))
+        except ConnectionRefusedError:
+            place.unlink(missing_ok=True)
+            return
+    raise OSError(errno.EADDRINUSE, "another pool node listens there")
 
 
 def give(connection: socket.socket, memory: ArenaMemory) -> None:
@@ -127,6 +153,7 @@ def attach(path: str, who: bytes, timeout_s: float = 2.0) -> tuple[ArenaMemory, 
         if len(head) != _LENGTH.size or len(descriptors) != 1:
             raise OSError(errno.EPROTO, "no descriptor came")
         memory = ArenaMemory(descriptors[0], _LENGTH.unpack(head)[0], "attached")
+        memory.close_fd()  # the mapping has its own
     except (OSError, ValueError) as error:
         connection.close()
         raise PoolError(f"the arena at {path} cannot be mapped: {error}", code="LMKV-P802") from error

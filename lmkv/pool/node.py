@@ -31,7 +31,7 @@ from .index import PoolIndex, Writer
 from .leases import Leases
 from .memory import ArenaMemory, give, host_id, listen_for_sharers
 from .policy import make_policy
-from .publisher import Publisher
+from .publisher import Publisher, control_url
 from .settings import NodeSettings, default_share
 from .tiering import Tiering, TierSettings
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 TICK_S = 0.25
 BUSY_S = 0.001
 MOST_LETTERS = 512
+MOST_MESSAGE_BYTES = 16 << 20
 
 
 class PoolNode:
@@ -56,7 +57,10 @@ class PoolNode:
         self._stop = threading.Event()
         self._memory = ArenaMemory.create(settings.capacity, settings.huge)
         self._index = PoolIndex(
-            Arena(self._memory.capacity_bytes), lambda: make_policy(settings.policy), settings.write_lease_s
+            Arena(self._memory.capacity_bytes),
+            lambda: make_policy(settings.policy),
+            settings.write_lease_s,
+            first_generation=_fresh(),
         )
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._router, host = self._bind()
@@ -68,12 +72,14 @@ class PoolNode:
         self._clients = Clients(self._transport, max(10 * settings.beat_s, 5.0), self._client_dead)
         self._tiering: Tiering | None = None
         self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), self._index.counters, self._wake.set)
-        self._leases = Leases(self._index, self._index.counters, int(self._memory.capacity_bytes * settings.pin_share))
+        self._leases = Leases(
+            self._index, self._index.counters, int(self._memory.capacity_bytes * settings.pin_share), _fresh()
+        )
         _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self.card = pw.NodeCard(
             settings.name or f"pool-{socket.gethostname()}-{port}",
             self._incarnation,
-            f"tcp://{settings.advertise or host}:{port}",
+            control_url(settings.advertise or host, port),
             self._publisher.address,
             settings.transport.split(":")[0] if self._transport else "",
             self._transport.export() if self._transport else b"",
@@ -107,9 +113,9 @@ class PoolNode:
         router.setsockopt(zmq.IPV6, 1)
         router.setsockopt(zmq.RCVHWM, 16384)
         router.setsockopt(zmq.SNDHWM, 16384)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        router.setsockopt(zmq.MAXMSGSIZE, MOST_MESSAGE_BYTES)
         try:
-            router.bind(f"tcp://{host}:{port or '*'}")
+            router.bind(control_url(host, port or "*"))
         except zmq.ZMQError as error:
             router.close()
             raise ConfigError(
@@ -164,6 +170,8 @@ class PoolNode:
         more, until_s = False, float("inf")
         while not self._desk.stopping:
             now_s = time.monotonic()
+            # What was sent since may have taken the wake-up of what has come (the socket's descriptor tells only once).
+            more = more or bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
             pause_s = 0.0 if more else min(self._pause_s(), self._desk.next_s(now_s))
             ready = {fd for fd, _ in poller.poll(max(0.0, pause_s) * 1000)}
             self._wake.clear()
@@ -181,7 +189,11 @@ class PoolNode:
 
     def _pause_s(self) -> float:
         """A data plane without descriptors makes progress on a thread of its own (progress=event), or by our polls."""
-        return BUSY_S if self._transport is not None and self._transport.in_flight else TICK_S
+        data = self._transport
+        if data is None:
+            return TICK_S
+        polled = not data.fds() and getattr(data, "progress", "poll") == "poll"
+        return BUSY_S if data.in_flight or (polled and self._clients.remote) else TICK_S
 
     def _tend(self, now_s: float) -> None:
         assert self._tiering is not None
@@ -252,20 +264,20 @@ class PoolNode:
 
     def _take_shares(self, ready: set[int], poller: select.poll, now_s: float) -> None:
         if self._listener is not None and self._listener.fileno() in ready:
-            connection, _ = self._listener.accept()
-            connection.setblocking(False)
-            self._sharers[connection.fileno()] = (connection, None)
-            poller.register(connection.fileno(), select.POLLIN)
+            try:
+                connection, _ = self._listener.accept()
+                connection.setblocking(False)
+                self._sharers[connection.fileno()] = (connection, None)
+                poller.register(connection.fileno(), select.POLLIN)
+            except OSError as error:
+                logger.warning("a process that wanted to map the arena: %s", error)
         for fd in ready & self._sharers.keys():
             connection, writer = self._sharers[fd]
             try:
                 told = connection.recv(256)
                 if told and writer is None:
-                    who = json.loads(told)
-                    writer = (Incarnation(str(who["incarnation"])), Rank(int(who["rank"])))
-                    give(connection, self._memory)
-                    self._sharers[fd] = (connection, writer)
-                    self._clients.shared(writer, connection, now_s)
+                    self._sharers[fd] = (connection, self._share(connection, told, now_s))
+                if told:
                     continue
             except BlockingIOError:
                 continue
@@ -276,7 +288,14 @@ class PoolNode:
             if writer is None:
                 connection.close()
             else:
-                self._clients.share_ended(writer)
+                self._clients.share_ended(writer, connection)
+
+    def _share(self, connection: socket.socket, told: bytes, now_s: float) -> Writer:
+        who = json.loads(told)
+        writer = (Incarnation(str(who["incarnation"])), Rank(int(who["rank"])))
+        give(connection, self._memory)
+        self._clients.shared(writer, connection, now_s)
+        return writer
 
     def _client_dead(self, writer: Writer) -> None:
         self._index.writer_dead(*writer)
@@ -310,3 +329,9 @@ class PoolNode:
         self._router.close()
         self._context.term()
         self._wake.close()
+        self._memory.close_fd()
+
+
+def _fresh() -> int:
+    """A number to count from that another incarnation has hardly come to."""
+    return int.from_bytes(os.urandom(6), "little")

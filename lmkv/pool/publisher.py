@@ -20,6 +20,11 @@ logger = logging.getLogger(__name__)
 PART_BYTES = 4 << 20
 SNAPSHOT_S = 60.0
 BATCH_EVENTS = 4096
+MOST_PICTURES_BYTES = 1 << 30
+
+
+def control_url(host: str, port: int | str) -> str:
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 @dataclass(slots=True)
@@ -39,15 +44,15 @@ class Publisher:
         self._index = index
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 16384)
+        self._socket.setsockopt(zmq.SNDHWM, 4096)
         self._socket.setsockopt(zmq.IPV6, 1)
         try:
-            self._socket.bind(f"tcp://{host}:*")
+            self._socket.bind(control_url(host, "*"))
         except zmq.ZMQError as error:
             self._socket.close()
             raise ConfigError(f"cannot publish on {host}: {error}", hint="correct --listen") from error
         port = split_address(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))[1]
-        self.address = f"tcp://{advertise or host}:{port}"
+        self.address = control_url(advertise or host, port)
         self.seq = 0
         self._pictures: dict[int, _Picture] = {}
         self._next_picture = 1
@@ -102,6 +107,7 @@ class Publisher:
             records = b"".join(entry.key + bytes((entry.tiers,)) for entry in self._index.entries())
             picture, start = _Picture(self.seq, records, now_s + SNAPSHOT_S), 0
             number = b"%d" % self._next_picture
+            self._make_room(len(records))
             self._pictures[self._next_picture] = picture
             self._next_picture += 1
         stop = start + PART_BYTES // pw.EVENT_BYTES * pw.EVENT_BYTES
@@ -110,6 +116,11 @@ class Publisher:
             self._pictures.pop(int(number), None)
         cursor = b"" if last else b"%s:%d" % (number, stop)
         return pw.SnapshotPart(question.token, incarnation, picture.seq, picture.records[start:stop], cursor)
+
+    def _make_room(self, size: int) -> None:
+        """Many readers of a large node: the oldest has to begin again."""
+        while self._pictures and size + sum(len(p.records) for p in self._pictures.values()) > MOST_PICTURES_BYTES:
+            del self._pictures[min(self._pictures)]
 
     def _send(self, message: pw.Events) -> None:
         self._socket.send(pw.encode(message))  # PUB never blocks: a slow subscriber sees a gap and asks for a snapshot

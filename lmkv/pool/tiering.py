@@ -12,6 +12,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from lmkv.errors import PoolError
 from lmkv.poolwire import Tier
@@ -47,7 +48,8 @@ class _Below:
         self.queued_bytes = 0
         self.read_s = 0.005
         """A page's read takes about so long."""
-        self.writing: set[bytes] = set()
+        self.writing: set[Entry] = set()
+        self.last_error = ""
 
     def lane(self, key: bytes) -> ThreadPoolExecutor:
         return self.lanes[key[16] % LANES]
@@ -67,12 +69,16 @@ class Tiering:
         self._index = index
         self._memory = memory
         self._below = [_Below(settings) for settings in tiers]
+        # What waits to be written is held: it must leave the arena room for what comes.
+        self._most_queued_bytes = memory.capacity_bytes // (2 * max(len(tiers), 1))
+        self._drops = 0
+        self._closing = False
         self._counters = counters
         self._wake = wake
         self._results: deque[Callable[[], None]] = deque()
         self._hits: Counter[bytes] = Counter()
-        self._promoting: dict[bytes, list[Callable[[bool], None]]] = {}
-        self._durable: dict[bytes, list[Callable[[bool], None]]] = {}
+        self._promoting: dict[Entry, list[Callable[[bool], None]]] = {}
+        self._durable: dict[Entry, list[Callable[[bool], None]]] = {}
 
     @property
     def stores(self) -> list[StoreTier]:
@@ -80,7 +86,7 @@ class Tiering:
 
     @property
     def busy(self) -> bool:
-        return any(below.writing for below in self._below) or bool(self._promoting)
+        return any(below.writing for below in self._below) or bool(self._promoting) or self._drops > 0
 
     # --- down ---
 
@@ -108,10 +114,10 @@ class Tiering:
         elif not self._below:
             done(False)
         else:
-            self._durable.setdefault(entry.key, []).append(done)
+            self._durable.setdefault(entry, []).append(done)
             for below in self._below:
                 self._spill(entry, below, urgent=True)
-            self._settle_durable(entry.key)
+            self._settle_durable(entry)
 
     def spill_all(self) -> None:
         """Everything that is in memory only goes down (a drain)."""
@@ -121,56 +127,63 @@ class Tiering:
                     self._spill(entry, below, urgent=True)
 
     def _spill(self, entry: Entry, below: _Below, urgent: bool = False) -> None:
-        if entry.key in below.writing or below.tier in entry.tiers or Tier.DRAM not in entry.tiers:
+        if entry in below.writing or below.tier in entry.tiers or Tier.DRAM not in entry.tiers:
             return
-        if not urgent and below.queued_bytes + entry.page_bytes > below.settings.most_queued_bytes:
+        most_bytes = min(below.settings.most_queued_bytes, self._most_queued_bytes)
+        if not urgent and below.queued_bytes + entry.page_bytes > most_bytes:
             self._counters[f"spill:{below.store.tier.name}:overflow"] += 1
             return
-        below.writing.add(entry.key)
+        below.writing.add(entry)
         below.queued_bytes += entry.page_bytes
         self._index.hold(entry)
         below.lane(entry.key).submit(self._write, entry, below)
 
     def _write(self, entry: Entry, below: _Below) -> None:
         """On a lane."""
-        error = ""
-        if not entry.condemned:
+        error = "the node is ending" if self._closing else ""
+        if not error and not entry.condemned:
             data = self._memory.view(entry.offset, entry.page_bytes)
             try:
                 below.store.put(entry.key, PageMeta(entry.page_bytes, entry.checksums), data)
             except PoolError as problem:
                 error = str(problem)
+            except Exception as problem:
+                logger.exception("%s failed to write a page", below.store.tier.name)
+                error = repr(problem)
             finally:
                 data.release()
         self._post(lambda: self._written(entry, below, error))
 
     def _written(self, entry: Entry, below: _Below, error: str) -> None:
-        below.writing.discard(entry.key)
+        below.writing.discard(entry)
         below.queued_bytes -= entry.page_bytes
-        tier = below.store.tier
+        name = below.store.tier.name
         if error:
-            self._counters[f"spill:{tier.name}:failed"] += 1
-            logger.warning("a page was not written to %s: %s", tier.name, error)
-        elif entry.condemned:
-            below.lane(entry.key).submit(self._drop_on_lane, below, [entry.key])
+            self._counters[f"spill:{name}:failed"] += 1
+            self._complain(below, f"a page was not written to {name}: {error}")
         else:
-            self._counters[f"spill:{tier.name}"] += 1
-            self._index.stored(entry, tier)
+            self._counters[f"spill:{name}"] += 1
+            self._index.stored(entry, below.tier)  # (a page that was dropped meanwhile: its drop is next on the lane)
         self._index.release(entry)
-        self._settle_durable(entry.key)
+        self._settle_durable(entry)
 
-    def _settle_durable(self, key: bytes) -> None:
-        entry = self._index.find(key)
-        reached = entry is not None and bool(entry.tiers & ~Tier.DRAM)
-        if reached or not any(key in below.writing for below in self._below):
-            for done in self._durable.pop(key, []):
+    def _complain(self, below: _Below, error: str) -> None:
+        """Once, not for each of a thousand pages."""
+        level = logging.DEBUG if self._closing or error == below.last_error else logging.WARNING
+        below.last_error = error
+        logger.log(level, error)
+
+    def _settle_durable(self, entry: Entry) -> None:
+        reached = bool(entry.tiers & ~Tier.DRAM)
+        if reached or not any(entry in below.writing for below in self._below):
+            for done in self._durable.pop(entry, []):
                 done(reached)
 
     # --- up ---
 
     def promote(self, entry: Entry, done: Callable[[bool], None]) -> None:
         """Bring a page of a lower tier into memory; `done(here)`. Asked twice, it is read once."""
-        waiting = self._promoting.get(entry.key)
+        waiting = self._promoting.get(entry)
         if waiting is not None:
             waiting.append(done)
             return
@@ -178,7 +191,7 @@ class Tiering:
         if below is None or not self._index.start_promotion(entry):
             done(False)
             return
-        self._promoting[entry.key] = [done]
+        self._promoting[entry] = [done]
         self._index.hold(entry)
         below.lane(entry.key).submit(self._read, entry, below)
 
@@ -190,6 +203,9 @@ class Tiering:
     def _read(self, entry: Entry, below: _Below) -> None:
         """On a lane."""
         started_s, error, lost = time.monotonic(), "", False
+        if self._closing:
+            self._post(lambda: self._came_up(entry, below, "the node is ending", False, 0.0))
+            return
         data = self._memory.view(entry.offset, entry.page_bytes)
         try:
             meta = below.store.get(entry.key, data)
@@ -201,57 +217,77 @@ class Tiering:
             error, lost = str(problem), True
         except PoolError as problem:
             error = str(problem)
+        except Exception as problem:
+            logger.exception("%s failed to read a page", below.store.tier.name)
+            error = repr(problem)
         finally:
             data.release()
         seconds = time.monotonic() - started_s
         self._post(lambda: self._came_up(entry, below, error, lost, seconds))
 
     def _came_up(self, entry: Entry, below: _Below, error: str, lost: bool, seconds: float) -> None:
-        tier = below.store.tier
+        name = below.store.tier.name
         if error:
-            self._counters[f"promote:{tier.name}:failed"] += 1
-            logger.warning("a page of %s cannot be brought up: %s", tier.name, error)
+            self._counters[f"promote:{name}:failed"] += 1
+            self._complain(below, f"a page of {name} cannot be brought up: {error}")
         else:
-            self._counters[f"promote:{tier.name}"] += 1
+            self._counters[f"promote:{name}"] += 1
             below.read_s += (seconds - below.read_s) / 8
         self._index.promoted(entry, bool(error))
         point("promote:visible")
         self._index.release(entry)
-        if lost:
-            self._index.lost(entry.key, tier)
-        for done in self._promoting.pop(entry.key):
+        if lost and not entry.condemned:
+            self._index.lost(entry.key, below.tier)
+        for done in self._promoting.pop(entry):
             done(not error)
 
     # --- away ---
 
-    def dropped(self, keys: Sequence[bytes]) -> None:
-        """The index has forgotten these pages: so do the tiers, after whatever they are doing with them."""
-        for below in self._below:
-            lanes: dict[int, list[bytes]] = {}
-            for key in keys:
-                lanes.setdefault(key[16] % LANES, []).append(key)
-            for lane, some in lanes.items():
-                below.lanes[lane].submit(self._drop_on_lane, below, some)
+    def dropped(self, keys: Sequence[bytes], done: Callable[[], None] = lambda: None) -> None:
+        """The index has forgotten these pages: so do the tiers, after whatever they are doing with them. `done` once
+        they do not come back with a restart."""
+        lanes: dict[int, list[bytes]] = {}
+        for key in keys:
+            lanes.setdefault(key[16] % LANES, []).append(key)
+        work = [(below, lane, some) for below in self._below for lane, some in lanes.items()]
+        settle = self._countdown(len(work), done)
+        for below, lane, some in work:
+            below.lanes[lane].submit(self._drop_on_lane, below, partial(below.store.drop, some), settle)
 
-    def dropped_namespace(self, namespace: bytes) -> None:
+    def dropped_namespace(self, namespace: bytes, done: Callable[[], None] = lambda: None) -> None:
         """Also what the index does not know of (a shared store)."""
+        settle = self._countdown(len(self._below), done)
         for below in self._below:
-            below.lanes[0].submit(self._drop_namespace_on_lane, below, namespace)
+            drop = partial(below.store.drop_namespace, namespace)
+            dropping = below.lanes[0].submit(self._drop_on_lane, below, drop, settle)
+            for lane in below.lanes[1:]:
+                lane.submit(dropping.result)  # what is stored from now on is stored after it
 
-    def _drop_on_lane(self, below: _Below, keys: list[bytes]) -> None:
+    def _countdown(self, count: int, done: Callable[[], None]) -> Callable[[], None]:
+        """Called `count` times, it calls `done` (without any: at once)."""
+        self._drops += count
+        if not count:
+            done()
+        left = count
+
+        def settle() -> None:
+            nonlocal left
+            left -= 1
+            self._drops -= 1
+            if left == 0:
+                done()
+
+        return settle
+
+    def _drop_on_lane(self, below: _Below, drop: Callable[[], int], settle: Callable[[], None]) -> None:
         try:
-            below.store.drop(keys)
-        except PoolError as error:
-            self._drop_failed(below, error)
+            drop()
+        except Exception:
+            logger.exception("pages were not dropped from %s", below.store.tier.name)
+            self._post(lambda: self._drop_failed(below))
+        self._post(settle)
 
-    def _drop_namespace_on_lane(self, below: _Below, namespace: bytes) -> None:
-        try:
-            below.store.drop_namespace(namespace)
-        except PoolError as error:
-            self._drop_failed(below, error)
-
-    def _drop_failed(self, below: _Below, error: PoolError) -> None:
-        logger.error("pages were not dropped from %s: %s", below.store.tier.name, error)
+    def _drop_failed(self, below: _Below) -> None:
         self._counters[f"drop:{below.store.tier.name}:failed"] += 1
 
     def evicted(self, tier: Tier, keys: list[bytes]) -> None:
@@ -295,8 +331,11 @@ class Tiering:
             self._results.popleft()()
 
     def close(self) -> None:
-        """Ends after the work that has begun; what is queued is not done."""
+        """Ends after the work that has begun, and all drops; of the rest, what is queued is not done."""
+        self._closing = True
         for below in self._below:
             for lane in below.lanes:
-                lane.shutdown(wait=True, cancel_futures=True)
+                lane.shutdown(wait=True)
+        self.collect()
+        for below in self._below:
             below.store.close()

@@ -1,0 +1,17 @@
+"""Hypothesis profiles as in tests/protocol: `ci` is deterministic and quick; `HYPOTHESIS_PROFILE=soak` searches on."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, Phase, settings
+
+COMMON = settings(
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate, Phase.shrink],
+)
+settings.register_profile("ci", COMMON, derandomize=True)
+settings.register_profile("soak", COMMON, max_examples=4000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
