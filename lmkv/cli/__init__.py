@@ -6,7 +6,11 @@ import typer
 
 from .controller import controller
 from .doctor import doctor
+from .drain import drain
+from .drop import drop
+from .keys import keys
 from .router import router
+from .status import status
 from .version import version
 
 main = typer.Typer(
@@ -18,6 +22,10 @@ main = typer.Typer(
 )
 main.command()(router)
 main.command()(controller)
+main.command()(status)
+main.command()(keys)
+main.command()(drain)
+main.command()(drop)
 main.command()(doctor)
 main.command()(version)
 

@@ -57,6 +57,7 @@ class Controller:
 
     def __init__(self, settings: ControllerSettings) -> None:
         self._settings = settings
+        self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS)
         self._wake = Wake()
@@ -70,7 +71,6 @@ class Controller:
         self._poller.register(self._inbox.socket, zmq.POLLIN)
         self._poller.register(self._wake.fd, zmq.POLLIN)
         self._links = Links(self._context, self._poller)
-        self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         self._in_etcd: dict[str, pw.NodeCard] = {}
         self._replication = Replication(settings.replication) if settings.replication.copies > 1 else None
         self._leases = itertools.count(1)
