@@ -173,9 +173,8 @@ class EtcdMembership:
         assert self._card is not None
         lease = self._call("lease/grant", {"TTL": self._ttl_s}, _Granted).ID
         key = self._prefix + self._card.incarnation
-        self._call(
-            "kv/put", {"key": _b64(key.encode()), "value": _b64(msgspec.json.encode(self._card)), "lease": lease}
-        )
+        value = msgspec.json.encode(self._card)
+        self._call("kv/put", {"key": _b64(key.encode()), "value": _b64(value), "lease": lease}, _Any)
         self._lease = lease
         self._stop.wait(self._ttl_s / 3)
 
