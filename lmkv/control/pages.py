@@ -48,6 +48,10 @@ class PageTable:
         return self._slots.lost
 
     @property
+    def doublings(self) -> int:
+        return self._slots.doublings
+
+    @property
     def memory_bytes(self) -> int:
         """Of the slots; each set takes about 150 bytes and 4 a member."""
         return self._slots.memory_bytes

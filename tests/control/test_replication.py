@@ -47,7 +47,8 @@ def test_a_hot_run_goes_to_the_roomiest_node_that_has_not_got_it() -> None:
     copy = ask(1, holder("a", 10))
     assert copy == Copy(make_card("a"), make_card("c"), keys(1)[: 8 * 17])
     assert ask(1, holder("a", 10)) is None, "ordered already"
-    assert ask(1, holder("a", 10), holder("c", 8)) is None, "there are two now"
+    assert ask(1, holder("a", 10), holder("c", 8), now_s=6.0) is None, "there are two now"
+    assert ask(1, holder("a", 10), holder("c", 7), now_s=6.0) is not None
 
 
 def test_conversations_share_the_heat_of_what_they_share() -> None:

@@ -184,6 +184,9 @@ def test_cleared_needs_no_snapshot_even_after_a_gap(bench: Bench) -> None:
     assert bench.is_exact(node) and bench.pages(node) == {}
     bench.tell(node.change([(key(2), 1)]), before)
     assert bench.is_exact(node) and bench.pages(node) == {key(2): 1}
+    both = node.change([(key(3), 1), (key(4), 1)], clear=True)
+    bench.tell(pw.Events(both.incarnation, both.first, both.records[:34], cleared=True), both)
+    assert bench.is_exact(node)
 
 
 def test_a_sign_of_life_shows_lost_events(bench: Bench) -> None:
