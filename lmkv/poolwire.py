@@ -386,8 +386,8 @@ class MembersAre(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out. `most`: at most so many
-    nodes (0: all). The longest runs come first."""
+    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out. `most`: at most so
+    many nodes (0: all). The longest runs come first."""
 
     token: int
     namespace: bytes
