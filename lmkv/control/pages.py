@@ -53,7 +53,7 @@ class PageTable:
 
     @property
     def memory_bytes(self) -> int:
-        """Of the slots; each set takes about 150 bytes and 4 a member."""
+        """Of the slots; each set takes about 200 bytes besides."""
         return self._slots.memory_bytes
 
     # --- numbers ---
