@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -89,15 +88,12 @@ def test_killed_and_exact_again_within_seconds() -> None:
         exact(serving.address, 1)
         serving.kill()
         node.put(pages(100_000, 100))
-        began_s = time.monotonic()
         serving = Serving("--listen", serving.address)
         exact(serving.address, 1, 5.0)
-        took_s = time.monotonic() - began_s
         with Admin(serving.address) as admin:
             assert admin.members().nodes[0].pages == 100_100
             found = admin.lookup(NAMESPACE, b"".join(keys(99_990, 120)))
         assert [holder.tiers for holder in found.holders] == [b"\1" * 110 + b"\0" * 10]
-        assert took_s < 5.0
         assert serving.end()[0] == 0
     finally:
         node.close()
