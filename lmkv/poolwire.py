@@ -392,8 +392,8 @@ class MembersAre(_Message, frozen=True):
 
 
 class Lookup(_Message, frozen=True):
-    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out. `most`: no more than so
-    many nodes, those with the longest runs (0: all); the longest run comes first in any case."""
+    """Who holds these pages? `least`: nodes with a shorter run from the first key on are left out. `most`: at most so
+    many nodes (0: all). The longest runs come first."""
 
     token: int
     namespace: bytes

@@ -35,7 +35,9 @@ def errors_table() -> str:
 
 def _family(error: type[errors.LmkvError]) -> set[type[errors.LmkvError]]:
     """The class and all its subclasses, of the modules that define errors of their own too."""
+    import lmkv.control.admin
     import lmkv.control.client
+    import lmkv.control.etcd
     import lmkv.router.replies  # noqa: F401
 
     return {error}.union(*(_family(child) for child in error.__subclasses__()))

@@ -7,7 +7,11 @@ import typer
 from .controller import controller
 from .doctor import doctor
 from .pool import pool
+from .drain import drain
+from .drop import drop
+from .keys import keys
 from .router import router
+from .status import status
 from .version import version
 
 main = typer.Typer(
@@ -20,6 +24,10 @@ main = typer.Typer(
 main.command()(router)
 main.command()(pool)
 main.command()(controller)
+main.command()(status)
+main.command()(keys)
+main.command()(drain)
+main.command()(drop)
 main.command()(doctor)
 main.command()(version)
 

@@ -24,6 +24,7 @@ def controller(
 ) -> None:
     """Keep a view of which pool node holds which page, and answer who asks. Run several for more than one to ask."""
     import logging
+    import resource
     import signal
 
     from lmkv.control.controller import Controller, ControllerSettings
@@ -42,6 +43,9 @@ def controller(
     except ConfigError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(2) from None
+    # Each node takes two connections or three; the soft limit is often 1,024.
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: served.stop())
     typer.echo(json.dumps({"ready": served.address}) if as_json else f"lmkv controller ready at {served.address}")

@@ -46,8 +46,8 @@ class AdminError(PoolError):
 
 
 class Admin:
-    """A connection to the node or controller at `address`. Raises ConfigError for what is no address; each question raises
-    AdminError. Not thread-safe; `close()`, or use it as a context."""
+    """A connection to the node or controller at `address`. Raises ConfigError for what is no address; each question
+    raises AdminError. Not thread-safe; `close()`, or use it as a context."""
 
     def __init__(self, address: str, *, deadline_s: float = ASK_S) -> None:
         split_address(address)

@@ -6,7 +6,6 @@ anew is exact as soon as the nodes have beaten and it has read their snapshots.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -26,7 +25,7 @@ from .follow import ViewSettings
 from .links import Links
 from .mailbox import Inbox
 from .replication import Replication, ReplicationSettings
-from .view import Ask, HangUp, Subscribe, Unsubscribe, View
+from .view import Action, Ask, HangUp, Subscribe, Unsubscribe, View
 from .wake import Wake
 
 logger = logging.getLogger(__name__)
@@ -36,7 +35,8 @@ KEYS_MOST = 65536
 """In one Lookup."""
 _QUESTIONS = 256
 _EVENTS = 512
-"""So many messages are read in one turn of the loop, so that nobody waits for long."""
+"""So many messages are read in one turn of the loop, and about so many records, so that nobody waits for long."""
+_RECORDS = 32768
 _SOCKETS = 16384
 
 
@@ -57,6 +57,7 @@ class Controller:
 
     def __init__(self, settings: ControllerSettings) -> None:
         self._settings = settings
+        self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _SOCKETS)
         self._wake = Wake()
@@ -70,10 +71,8 @@ class Controller:
         self._poller.register(self._inbox.socket, zmq.POLLIN)
         self._poller.register(self._wake.fd, zmq.POLLIN)
         self._links = Links(self._context, self._poller)
-        self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         self._in_etcd: dict[str, pw.NodeCard] = {}
         self._replication = Replication(settings.replication) if settings.replication.copies > 1 else None
-        self._leases = itertools.count(1)
         self._stopped = False
         self.view = View(settings.view)
         self.counters: Counter[str] = Counter()
@@ -102,10 +101,7 @@ class Controller:
             now_s = time.monotonic()
             if self._inbox.socket in ready:
                 self._read_inbox(now_s)
-            for events in self._links.events(_EVENTS):
-                self.view.events(events, now_s)
-            for answer in self._links.answers(ready, 1):
-                self._take_answer(answer, now_s)
+            self._read_nodes(ready, now_s)
             if now_s >= tick_at_s:
                 self._read_etcd(now_s)
                 more = self.view.tick(now_s)
@@ -124,30 +120,45 @@ class Controller:
 
     # --- nodes ---
 
+    def _read_nodes(self, ready: dict[object, int], now_s: float) -> None:
+        """What is left when the turn's records are used up waits for the next turn."""
+        left = _RECORDS
+        for events in self._links.events(_EVENTS):
+            self.view.events(events, now_s)
+            left -= len(events.records) // pw.EVENT_BYTES
+            if left <= 0:
+                return
+        for answer in self._links.answers(ready, 1):
+            if not isinstance(answer, pw.SnapshotPart):
+                self.counters["strange_answers"] += 1
+                logger.warning("a node answered a Snapshot with %s", type(answer).__name__)
+                continue
+            self.view.part(answer, now_s)
+            left -= len(answer.records) // pw.EVENT_BYTES
+            if left <= 0:
+                return
+
     def _act(self) -> None:
         for action in self.view.take_actions():
-            match action:
-                case Subscribe(card):
-                    try:
-                        self._links.subscribe(card)
-                    except (ConfigError, zmq.ZMQError) as error:
-                        self.counters["bad_cards"] += 1
-                        logger.warning("node %s (%s) is not followed: %s", card.name, card.incarnation, error)
-                        self.view.leave(card.incarnation)
-                case Unsubscribe(card):
-                    self._links.unsubscribe(card)
-                case Ask(card, question):
-                    if not self._links.send(card, question):
-                        self.counters["unsent"] += 1  # the part's deadline sees to it
-                case HangUp(card):
-                    self._links.hang_up(card)
+            card = action.card
+            try:
+                self._do(action)
+            except (ConfigError, zmq.ZMQError) as error:
+                self.counters["bad_cards"] += 1
+                logger.warning("node %s (%s) is not followed: %s", card.name, card.incarnation, error)
+                self.view.leave(card.incarnation)
 
-    def _take_answer(self, answer: pw.PoolMessage, now_s: float) -> None:
-        if isinstance(answer, pw.SnapshotPart):
-            self.view.part(answer, now_s)
-        else:
-            self.counters["strange_answers"] += 1
-            logger.warning("a node answered a Snapshot with %s", type(answer).__name__)
+    def _do(self, action: Action) -> None:
+        match action:
+            case Subscribe(card):
+                self._links.subscribe(card)
+            case Unsubscribe(card):
+                self._links.unsubscribe(card)
+            case Ask(card, question):
+                if not self._links.send(card, question):
+                    self.counters["unsent"] += 1  # the part's deadline sees to it
+            case HangUp(card):
+                self._links.hang_up(card)
 
     def _read_etcd(self, now_s: float) -> None:
         """Who is new there joins. Who is there no more goes once it is silent too: etcd alone may have been away."""

@@ -16,7 +16,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import msgspec
@@ -39,6 +39,39 @@ class EtcdError(PoolError):
     code = "LMKV-P841"
 
 
+class _Header(msgspec.Struct):
+    revision: int
+
+
+class _Pair(msgspec.Struct):
+    key: str = ""
+    value: str = ""
+
+
+class _Range(msgspec.Struct):
+    header: _Header
+    kvs: list[_Pair] = []
+
+
+class _Granted(msgspec.Struct):
+    ID: str
+
+
+class _Kept(msgspec.Struct):
+    TTL: int = 0
+
+
+class _Alive(msgspec.Struct):
+    result: _Kept
+
+
+class _Any(msgspec.Struct):
+    """An answer in which nothing is looked for."""
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+
 class EtcdMembership:
     """`urls`: one or several (separated by commas) of the members of one cluster. Methods may be called by any thread.
 
@@ -51,7 +84,7 @@ class EtcdMembership:
         if not prefix.startswith("/") or ttl_s < 2:
             raise ConfigError(
                 f"etcd: prefix {prefix!r}, lease of {ttl_s} s",
-                hint="the prefix begins with /, the lease has 2 s or more",
+                hint="begin the prefix with /, use 2 s or more",
             )
         self._prefix = prefix.rstrip("/") + "/"
         self._ttl_s = ttl_s
@@ -91,7 +124,7 @@ class EtcdMembership:
         self.close()
         if self._lease:
             try:
-                self._call("lease/revoke", {"ID": self._lease})
+                self._call("lease/revoke", {"ID": self._lease}, _Any)
             except EtcdError as error:
                 logger.warning("not withdrawn, the lease will run out: %s", error)
             self._lease = ""
@@ -132,33 +165,28 @@ class EtcdMembership:
 
     def _keep_alive(self) -> None:
         if self._lease:
-            answer = self._call("lease/keepalive", {"ID": self._lease})
-            if int(answer.get("result", {}).get("TTL", 0)) > 0:
+            if self._call("lease/keepalive", {"ID": self._lease}, _Alive).result.TTL > 0:
                 self._stop.wait(self._ttl_s / 3)
                 return
             logger.warning("the lease in etcd has run out; registering again")
             self._lease = ""
         assert self._card is not None
-        lease = str(self._call("lease/grant", {"TTL": self._ttl_s}).get("ID", ""))
-        if not lease:
-            raise EtcdError("etcd granted a lease without an ID", hint="check that its v3 API is served at this URL")
+        lease = self._call("lease/grant", {"TTL": self._ttl_s}, _Granted).ID
         key = self._prefix + self._card.incarnation
-        self._call(
-            "kv/put", {"key": _b64(key.encode()), "value": _b64(msgspec.json.encode(self._card)), "lease": lease}
-        )
+        value = msgspec.json.encode(self._card)
+        self._call("kv/put", {"key": _b64(key.encode()), "value": _b64(value), "lease": lease}, _Any)
         self._lease = lease
         self._stop.wait(self._ttl_s / 3)
 
     def _watch(self) -> None:
         """One list, then wait until something changes (or might have)."""
         span = {"key": _b64(self._prefix.encode()), "range_end": _b64((self._prefix[:-1] + "0").encode())}
-        answer = self._call("kv/range", span)
-        cards = [card for pair in answer.get("kvs", ()) if (card := _card(pair)) is not None]
+        answer = self._call("kv/range", span, _Range)
+        cards = [card for pair in answer.kvs if (card := _card(pair)) is not None]
         with self._lock:
             self._cards = cards
         self.connected = True
-        after = int(answer["header"]["revision"]) + 1
-        self._until_change({"create_request": span | {"start_revision": str(after)}})
+        self._until_change({"create_request": span | {"start_revision": str(answer.header.revision + 1)}})
 
     def _until_change(self, body: dict[str, Any]) -> None:
         connection, answer = self._post("watch", body, REFRESH_S)
@@ -168,7 +196,7 @@ class EtcdMembership:
                 line = answer.readline(_ANSWER_BYTES)
                 if not line:
                     raise EtcdError(f"etcd at {self._url} ended a watch")
-                if "events" in json.loads(line).get("result", {}):
+                if b'"events"' in line:
                     return
         except TimeoutError:
             return
@@ -184,17 +212,18 @@ class EtcdMembership:
     def _url(self) -> str:
         return self._urls[self._at % len(self._urls)]
 
-    def _call(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def _call(self, path: str, body: dict[str, Any], kind: type[_T]) -> _T:
+        """The gateway writes 64-bit numbers as strings."""
         connection, answer = self._post(path, body, CALL_S)
         try:
-            found = json.loads(answer.read(_ANSWER_BYTES))
-            if not isinstance(found, dict):
-                raise ValueError("it is no JSON object")
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise EtcdError(f"the answer of etcd at {self._url} to {path} cannot be read: {error}") from error
+            return msgspec.json.decode(answer.read(_ANSWER_BYTES), type=kind, strict=False)
+        except (OSError, msgspec.DecodeError, http.client.HTTPException) as error:
+            raise EtcdError(
+                f"the answer of etcd at {self._url} to {path} cannot be read: {error}",
+                hint="check that the v3 API of an etcd is served at this URL",
+            ) from error
         finally:
             connection.close()
-        return found
 
     def _post(
         self, path: str, body: dict[str, Any], timeout_s: float
@@ -234,10 +263,10 @@ def _b64(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
 
 
-def _card(pair: dict[str, str]) -> NodeCard | None:
+def _card(pair: _Pair) -> NodeCard | None:
     """What somebody else wrote under our prefix is left alone."""
     try:
-        return msgspec.json.decode(base64.b64decode(pair.get("value", "")), type=NodeCard)
+        return msgspec.json.decode(base64.b64decode(pair.value), type=NodeCard)
     except (msgspec.DecodeError, ValueError) as error:
-        logger.warning("a value under etcd's key %s is no node's card: %s", pair.get("key", ""), error)
+        logger.warning("a value under etcd's key %s is no node's card: %s", pair.key, error)
         return None

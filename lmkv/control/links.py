@@ -13,11 +13,13 @@ from lmkv.errors import WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import Events, NodeCard, PoolMessage, decode, encode
 
-from .mailbox import HIGH_WATER_MESSAGES, split_address
+from .mailbox import split_address
 
 logger = logging.getLogger(__name__)
 
 _Socket = zmq.Socket[bytes]
+_WAITING = 1024
+"""Messages of one node that wait here; more are lost, which shows as a gap."""
 _GOODBYE_MS = 500
 """What is not sent when a DEALER is closed gets so long."""
 
@@ -53,14 +55,16 @@ class Links:
             self._events.disconnect(card.events)
 
     def send(self, card: NodeCard, message: PoolMessage) -> bool:
-        """Never blocks; False: the queue is full."""
+        """Never blocks; False: the queue is full, or there is no connecting to this address."""
         dealer = self._dealers.get(card.incarnation)
         if dealer is None:
             dealer = self._dealers[card.incarnation] = self._open(zmq.DEALER)
-            dealer.connect(card.address)
         try:
+            if not dealer.last_endpoint:
+                dealer.connect(card.address)
             dealer.send(encode(message), zmq.NOBLOCK)
-        except zmq.Again:
+        except zmq.ZMQError as error:
+            logger.debug("%s to %s is not sent: %s", type(message).__name__, card.address, error)
             return False
         return True
 
@@ -93,7 +97,7 @@ class Links:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
-        socket.setsockopt(zmq.RCVHWM, HIGH_WATER_MESSAGES)
+        socket.setsockopt(zmq.RCVHWM, _WAITING)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         self._poller.register(socket, zmq.POLLIN)

@@ -48,8 +48,12 @@ class PageTable:
         return self._slots.lost
 
     @property
+    def doublings(self) -> int:
+        return self._slots.doublings
+
+    @property
     def memory_bytes(self) -> int:
-        """Of the slots; each set takes about 150 bytes and 4 a member."""
+        """Of the slots; each set takes about 200 bytes besides."""
         return self._slots.memory_bytes
 
     # --- numbers ---

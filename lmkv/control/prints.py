@@ -20,6 +20,7 @@ _RECORD = np.dtype([("n0", "<u8"), ("n1", "<u8"), ("c0", "<u8"), ("c1", "<u8"), 
 _PAGE_KEY = np.dtype([("c0", "<u8"), ("c1", "<u8"), ("group", "u1")])
 _ODD = tuple(np.uint64(k) for k in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93))
 _SHIFT = np.uint64(32)
+_ONE = np.uint64(1)
 
 if _RECORD.itemsize != EVENT_BYTES or _PAGE_KEY.itemsize != PAGE_KEY_BYTES:
     raise AssertionError("lmkv.poolwire has other keys than this file")
@@ -51,8 +52,7 @@ def _mix(seed: Prints | np.uint64, columns: npt.NDArray[np.void]) -> Prints:
     mixed ^= mixed >> _SHIFT
     mixed *= _ODD[0]
     mixed ^= mixed >> _SHIFT
-    mixed[mixed == 0] = 1
-    return mixed
+    return np.maximum(mixed, _ONE, out=mixed)
 
 
 def of_keys(namespace: bytes, keys: bytes) -> Prints:

@@ -79,6 +79,7 @@ class SlotTable:
         self._used = 0
         self._spare: set[int] = set()
         """Places in use in front of the buckets."""
+        self._doublings = 0
         self.lost = 0
         """Entries for which there was no slot at all."""
 
@@ -96,17 +97,21 @@ class SlotTable:
 
     # --- reading ---
 
+    @property
+    def doublings(self) -> int:
+        """How often the memory was remapped to twice as much."""
+        return self._doublings
+
     def find(self, keys: Prints) -> Values:
         """The value of each key; 0: not there."""
         return self._values.flat[self.locate(keys)]
 
     def locate(self, keys: Prints) -> Places:
         """Where each key is; 0: not there."""
-        count = len(keys)
         rows = self._homes(keys)
-        hits = np.flatnonzero(self._keys.rows.take(rows, 0).reshape(2, count, SLOTS) == keys[:, None])
-        places = np.zeros(count, np.int64)
-        places[(hits >> 3) % count if count else hits] = (rows[hits >> 3] << 3) | (hits & 7)
+        hits = (self._keys.rows.take(rows, 0) == keys[:, None, None]).ravel().nonzero()[0]
+        places = np.zeros(len(keys), np.int64)
+        places[hits >> 4] = (rows.take(hits >> 3) << 3) | (hits & 7)
         if self._spare:
             self._locate_spare(keys, places)
         return places
@@ -122,10 +127,12 @@ class SlotTable:
         return used + start, found[used]
 
     def _homes(self, keys: Prints) -> Places:
-        """The rows of both buckets: all first ones, then all second ones."""
-        bits: Places = np.concatenate((keys, keys >> np.uint64(32))).view(np.int64)
+        """The rows of both buckets of each key, side by side."""
+        bits: Places = np.empty((len(keys), 2), np.int64)
+        bits[:, 0] = keys.view(np.int64)
+        np.right_shift(keys.view(np.int64), 32, out=bits[:, 1])
         bits &= 2 * self._low - 1
-        bits[bits >= self.buckets] -= self._low
+        np.subtract(bits, self._low, out=bits, where=bits >= self.buckets)
         bits += _SPARE_ROWS
         return bits
 
@@ -166,10 +173,10 @@ class SlotTable:
         left_values: list[Values] = []
         while len(keys):
             count = len(keys)
-            rows = self._homes(keys).reshape(2, count)
-            used = np.packbits(self._keys.rows[rows] != 0, axis=2).reshape(2, count)
-            second = _COUNT[used[1]] < _COUNT[used[0]]
-            row, used = np.where(second, rows[1], rows[0]), np.where(second, used[1], used[0])
+            rows = self._homes(keys)
+            used = np.packbits(self._keys.rows[rows] != 0, axis=2)[:, :, 0]
+            second = _COUNT[used[:, 1]] < _COUNT[used[:, 0]]
+            row, used = np.where(second, rows[:, 1], rows[:, 0]), np.where(second, used[:, 1], used[:, 0])
             order = np.argsort(row, kind="stable")
             row, used, keys, values = row[order], used[order], keys[order], values[order]
             rank = np.arange(count) - np.searchsorted(row, row)
@@ -201,9 +208,9 @@ class SlotTable:
 
     def _make_room(self, key: np.uint64) -> int:
         """A free place in one of this key's buckets; 0: all that is there would find its other bucket full as well."""
-        mine = np.repeat(self._homes(np.array([key])), SLOTS)
+        mine = np.repeat(self._homes(np.array([key]))[0], SLOTS)
         slots = np.tile(np.arange(SLOTS), 2)
-        first, second = self._homes(self._keys.rows[mine, slots]).reshape(2, -1)
+        first, second = self._homes(self._keys.rows[mine, slots]).T
         other = np.where(first == mine, second, first)
         used = _COUNT[np.packbits(self._keys.rows[other] != 0, axis=1)[:, 0]]
         best = int(used.argmin())
@@ -250,6 +257,7 @@ class SlotTable:
     def _double(self) -> None:
         """All buckets are split: the next round begins. No view of a column may be alive."""
         self._low, self._next = 2 * self._low, 0
+        self._doublings += 1
         self._keys.grow(_SPARE_ROWS + 2 * self._low)
         self._values.grow(_SPARE_ROWS + 2 * self._low)
 

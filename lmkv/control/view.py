@@ -241,7 +241,7 @@ class View:
             gaps = rows == 0
             runs = np.where(gaps.any(axis=1), gaps.argmax(axis=1), len(values))
             order = np.argsort(-runs, kind="stable")
-            chosen = order[runs[order] >= least][: most or None].tolist()
+            chosen = order[runs[order] >= least][: most if most > 0 else None].tolist()
         else:
             chosen = list(range(len(owners)))
         return [Holder(owners[i].card.incarnation, owners[i].card.address, rows[i].tobytes()) for i in chosen]

@@ -87,6 +87,7 @@ class PageSource:
     chunk: int
     key: bytes
     node: Incarnation
+    lease: int
     until_s: float
     """End of the lease, monotonic clock of this host."""
     offsets: tuple[int, ...]
@@ -114,3 +115,5 @@ class LoadReport:
     reason: str
     loaded_bytes: int
     seconds: float
+    corrupt: tuple[PageSource, ...] = ()
+    """Pages with wrong checksums under a lease that was on."""

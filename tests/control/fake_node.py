@@ -23,7 +23,8 @@ BEAT_S = 0.2
 
 
 class FakeNode:
-    """`port`, `events_port`: 0 picks. Public methods may be called by any thread; the sockets belong to the node's own."""
+    """`port`, `events_port`: 0 picks. Public methods may be called by any thread; the sockets belong to the node's
+    own."""
 
     def __init__(
         self,

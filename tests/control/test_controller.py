@@ -177,7 +177,7 @@ def test_what_it_does_not_take(controller: Running) -> None:
     with pytest.raises(AdminError, match="does not take ListKeys") as caught:
         controller.admin.list_keys(b"", b"", 10)
     assert controller.address in str(caught.value)
-    with pytest.raises(AdminError, match=r"33|17|keys"):
+    with pytest.raises(AdminError, match="multiple of 17"):
         controller.admin.lookup(NAMESPACE, b"x" * 18)
     with pytest.raises(AdminError, match="more than 65536 keys"):
         controller.admin.lookup(NAMESPACE, bytes(17 * 65537))

@@ -223,4 +223,4 @@ class Storm(RuleBasedStateMachine):
 
 
 TestStorm = Storm.TestCase
-TestStorm.settings = settings(max_examples=250, stateful_step_count=60, deadline=None)
+TestStorm.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)

@@ -110,6 +110,7 @@ async def answer_alone(client: Client, engine: Engine, prompt: list[int], model:
 
 async def check(client: Client, engine: Engine, prompt: list[int], expected: int, model: str = "tiny") -> str:
     """The engine loads `expected` tokens, and says what it would say without."""
+    await client.reset_cache(engine)
     before = await loaded(engine)
     lone = Client(client.session, model)
     reply = await lone.complete(engine.url, prompt, max_tokens=16)

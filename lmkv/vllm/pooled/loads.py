@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from lmkv import poolwire as pw
 from lmkv.errors import LmkvError, TransportError
-from lmkv.hashing import page_key
 from lmkv.ids import Incarnation, RequestId
 from lmkv.pool.access import NodeAccess, Reach
 from lmkv.transport import OpId
@@ -45,6 +43,7 @@ class _Load:
     """Pages from here on are not wanted any more."""
     reason: str = ""
     loaded_bytes: int = 0
+    corrupt: list[PageSource] = field(default_factory=list)
     reported: bool = False
 
 
@@ -219,17 +218,11 @@ class Loads:
             if now_s > page.until_s:
                 self._cut(load, i, "lease_expired")
             elif i in wrong:
+                logger.error("a page of chunk %d has wrong checksums; it is not used", page.chunk)
                 self._cut(load, i, "corrupt")
-                self._tell_corrupt(spec.namespace, page)
+                load.corrupt.append(page)
             else:
                 load.right.add(i)
-
-    def _tell_corrupt(self, namespace: bytes, page: PageSource) -> None:
-        logger.error("a page of chunk %d has wrong checksums; it is not used", page.chunk)
-        access = self._find(page.node)
-        if access is not None:
-            keys = b"".join(page_key(page.key, group) for group in range(len(self._shares.groups)))
-            access.link.tell(pw.Unpin(0, namespace, keys))
 
     # --- ends ---
 
@@ -259,4 +252,4 @@ class Loads:
         self._counters["loaded_bytes"] += load.loaded_bytes
         self._counters["load:done" if not reason else "load:cut"] += 1
         seconds = self._clock() - load.started_s
-        self._reports.append(LoadReport(spec.request_id, good, reason, load.loaded_bytes, seconds))
+        self._reports.append(LoadReport(spec.request_id, good, reason, load.loaded_bytes, seconds, tuple(load.corrupt)))

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import zmq
@@ -91,6 +92,7 @@ class Lookups:
         self._stop = threading.Event()
         self._asked: deque[Lookup] = deque()
         self._released: deque[Lease] = deque()
+        self._corrupt: deque[tuple[bytes, PageSource]] = deque()
         self._usable: dict[Incarnation, bool] = {}
         self._names: deque[tuple[bytes, str]] = deque()
         self._open: list[Lookup] = []
@@ -127,6 +129,11 @@ class Lookups:
         self._asked.append(lookup)
         self._wake.set()
         return lookup
+
+    def corrupt(self, namespace: bytes, pages: Sequence[PageSource]) -> None:
+        """Tell their nodes, as long as the leases are held: call `release` afterwards."""
+        self._corrupt += [(namespace, page) for page in pages]
+        self._wake.set()
 
     def abandon(self, lookup: Lookup) -> None:
         """Nobody wants it any more, done or not."""
@@ -188,6 +195,12 @@ class Lookups:
             self._plan(directory, lookup, late=True)
 
     def _give_back(self, directory: Directory) -> None:
+        while self._corrupt:
+            namespace, page = self._corrupt.popleft()
+            access = directory.find(page.node)
+            if access is not None:
+                keys = b"".join(page_key(page.key, group) for group in range(self._groups))
+                access.link.tell(pw.Unpin(page.lease, namespace, keys))
         while self._released:
             lease = self._released.popleft()
             access = directory.find(lease.node)
@@ -315,7 +328,8 @@ class Lookups:
             pages = answer.pinned.pages[i * self._groups : (i + 1) * self._groups]
             chunk = answer.first + i
             offsets, sums = tuple(page.offset for page in pages), tuple(page.checksums for page in pages)
-            found.append(PageSource(chunk, lookup.keys[chunk], answer.node, until_s, offsets, sums))
+            lease = answer.pinned.lease
+            found.append(PageSource(chunk, lookup.keys[chunk], answer.node, lease, until_s, offsets, sums))
         return found
 
     def _finish(self, lookup: Lookup, why: str) -> None:

@@ -296,6 +296,8 @@ class PoolSide:
         if reason:
             logger.warning("of %d tokens from the pool %d are used: %s", spec.tokens[1], good, reason)
             pooled.known = min(pooled.known, good // self._settings.chunk_tokens)
+        corrupt = {page.key: page for report in pooled.reports for page in report.corrupt}
+        self._lookups.corrupt(spec.namespace, list(corrupt.values()))
         pooled.loading = None
         self._lookups.release(pooled.leases)
         pooled.leases = []
