@@ -217,6 +217,9 @@ class DiskTier(StoreTier):
             place = Place(segment, slot, self._pages.next_generation(), meta.page_bytes)
             self._write(place, key, meta, page)
             faults.point("spill:written")
+            # Each by itself: the kernel joins syncs that come together.
+            segment.sync()
+            faults.point("spill:synced")
         except BaseException as error:
             with self._pages.lock:
                 self._pages.release_locked(segment, slot)
