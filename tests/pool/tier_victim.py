@@ -18,7 +18,7 @@ from lmkv.pool.tiers.sealing import Sealer
 KEYS = 24
 """Of each thread."""
 THREADS = 2
-STEPS = 100
+STEPS = 70
 SIZES = (20_000, 30_001, 61_440)
 SEALER = Sealer(bytes(range(32)))
 

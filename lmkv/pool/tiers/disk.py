@@ -50,6 +50,12 @@ COUNTERS = (
 )
 
 
+class InUseError(TierError):
+    """Another process has the directory of a disk tier open."""
+
+    code = "LMKV-P822"
+
+
 class DiskTier(StoreTier):
     """One directory, one process. Any thread."""
 
@@ -311,10 +317,9 @@ def _lock(directory: Path) -> int:
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(fd)
-        raise TierError(
+        raise InUseError(
             f"the disk tier's directory {directory} is in use by process {holder}",
             hint="give each node a directory of its own",
-            code="LMKV-P822",
         ) from None
     except OSError as error:
         os.close(fd)
