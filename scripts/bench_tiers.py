@@ -2,8 +2,8 @@
 """The pool's lower tiers beside what they are built on, in one run.
 
 The disk tier beside plain O_DIRECT writes and reads of the same pages by as many threads: each write synced by itself,
-and not synced at all. The object tier beside plain obstore, in a directory (where the tier syncs and obstore does not), in
-memory, and against an S3 server on loopback if moto is installed (one Python process, which then is what is measured).
+and not synced at all. The object tier beside plain obstore, in a directory (where the tier syncs and obstore does not),
+in memory, and against an S3 server on loopback if moto is installed (one Python process, then it is what is measured).
 Every round measures every method, in alternating order; ratios are taken within a round. Pages lie at block boundaries.
 """
 

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lmkv.pool import faults
@@ -107,16 +107,24 @@ class DiskIndex:
 
     def scan(self, key_id: bytes) -> Iterator[tuple[bytes, PageMeta]]:
         """Pages under one encryption key (b"": none), in the order of their generations, as they are at the start."""
-        with closing(sqlite3.connect(self._directory / INDEX_NAME, check_same_thread=False)) as db:
-            rows = db.execute(
-                "SELECT key, page_bytes, checksums FROM pages WHERE key_id=? ORDER BY generation", (key_id,)
-            )
+        with self._reading() as db:
+            columns = "key, page_bytes, checksums"
+            rows = db.execute(f"SELECT {columns} FROM pages WHERE key_id=? ORDER BY generation", (key_id,))
             for key, page_bytes, checksums in rows:
                 yield key, PageMeta(page_bytes, unpack_checksums(checksums))
 
     def descriptions(self) -> dict[bytes, str]:
-        with closing(sqlite3.connect(self._directory / INDEX_NAME)) as db:
+        with self._reading() as db:
             return dict(db.execute("SELECT namespace, description FROM namespaces").fetchall())
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that sees what was committed when it first reads, and holds nobody up. Raises TierError."""
+        try:
+            with closing(sqlite3.connect(self._directory / INDEX_NAME, check_same_thread=False)) as db:
+                yield db
+        except sqlite3.Error as error:
+            raise TierError(f"the index in {self._directory} cannot be read: {error}") from error
 
     def close(self) -> None:
         with self._leading:
