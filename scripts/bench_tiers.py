@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
 WARM_ROUNDS = 2
 NICE = -15
+LOG_COMMITS = 1100
 GOAL = 0.8
 
 
@@ -165,7 +166,11 @@ def s3_server() -> Iterator[str]:
 
 def disk_methods(directory: Path, shape: Shape) -> list[Method]:
     def tier(name: str, sealer: Sealer | None) -> DiskTier:
-        return DiskTier(directory / name, 0, evicted=lambda keys: None, sealer=sealer)
+        made = DiskTier(directory / name, 0, evicted=lambda keys: None, sealer=sealer)
+        # A tier that has run for a while: sqlite's log has its length, and is written again from its start.
+        for number in range(LOG_COMMITS):
+            made.describe(bytes(16), str(number))
+        return made
 
     return [
         RawFile(directory, shape, synced=False),
