@@ -46,9 +46,27 @@ class Tally:
     torn: int = 0
 
 
-def run_victim(where: str, seed: int, capacity_bytes: int, sealed: bool, kill_at: str) -> tuple[bool, list[str]]:
+@dataclass(frozen=True)
+class Setting:
+    """`segment_bytes` 1: a segment a slot, so a slot is used again as soon as it is free."""
+
+    where: str
+    capacity_bytes: int
+    segment_bytes: int
+    sealed: bool
+
+    @classmethod
+    def drawn(cls, where: str, source: random.Random) -> Setting:
+        return cls(where, source.choice((0, 0, 3 << 20)), source.choice((1, 256 << 10)), source.random() < 0.25)
+
+    def open(self) -> StoreTier:
+        return open_tier(self.where, self.capacity_bytes, self.segment_bytes, self.sealed)
+
+
+def run_victim(setting: Setting, seed: int, kill_at: str) -> tuple[bool, list[str]]:
     """Whether it was killed, and the whole lines it wrote."""
-    command = [sys.executable, "-m", "tests.pool.tier_victim", where, str(seed), str(capacity_bytes), str(int(sealed))]
+    numbers = (seed, setting.capacity_bytes, setting.segment_bytes, int(setting.sealed))
+    command = [sys.executable, "-m", "tests.pool.tier_victim", setting.where, *map(str, numbers)]
     environment = os.environ | {faults.VARIABLE: kill_at}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, -signal.SIGKILL), done.stderr
@@ -91,18 +109,18 @@ def chains(where: Path, points: list[str], rounds: int, kind: str) -> Tally:
     for number in range(rounds):
         if number % CHAIN == 0:
             state = {(thread, key): {None} for thread in range(THREADS) for key in range(KEYS)}
-            capacity_bytes, sealed = source.choice([0, 0, 3 << 20]), source.random() < 0.25
-            place = str(where / f"{number}") if kind == "disk" else f"file://{where}/{number}"
+            place = str(where / f"{number}")
+            setting = Setting.drawn(place if kind == "disk" else f"file://{place}", source)
         point = points[number % len(points)]
         count = source.randint(1, TIMES.get(point, TIMES.get(point.partition(":")[0], 40)))
         seed = SEED * 10_000 + number
-        print(f"round {number}: seed {seed}, {point}:{count}, capacity {capacity_bytes}, sealed {sealed}")
-        killed, lines = run_victim(place, seed, capacity_bytes, sealed, f"{point}:{count}")
+        print(f"round {number}: seed {seed}, {point}:{count}, {setting}")
+        killed, lines = run_victim(setting, seed, f"{point}:{count}")
         tally.killed[point] += killed
         follow(state, lines, tally)
-        tier = open_tier(place, capacity_bytes, sealed)
+        tier = setting.open()
         try:
-            check(tier, state, capacity_bytes > 0, tally)
+            check(tier, state, setting.capacity_bytes > 0, tally)
             tally.torn += tier.counters()["torn"]
         finally:
             tier.close()

@@ -249,7 +249,7 @@ def test_a_failed_sync_is_no_page(bed: DiskBed, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(segments.os, "fdatasync", fail)
-        with pytest.raises(TierError, match="synced"):
+        with pytest.raises(TierError, match="Input/output error"):
             put(tier, key_of(1), version=1)
     assert get(tier, key_of(1)) == kept
     tier.close()
@@ -335,6 +335,30 @@ def test_where_there_is_no_direct_io_it_is_refused_or_left_out(tmp_path: Path, m
     assert not tier.direct
     assert put(tier, key_of(1)) == get(tier, key_of(1))
     tier.close()
+
+
+def test_a_page_is_synced_before_its_row_is_committed(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = bed.open()
+    put(tier, key_of(1))
+    steps: list[str] = []
+
+    def noted(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            steps.append(name)
+            return real(*arguments)
+
+        return call
+
+    monkeypatch.setattr(segments.os, "pwritev", noted("written", os.pwritev))
+    monkeypatch.setattr(segments.os, "fdatasync", noted("synced", os.fdatasync))
+    monkeypatch.setattr(tier._index, "_commit", noted("committed", tier._index._commit))
+    put(tier, key_of(2))
+    assert steps == ["written", "synced", "committed"]
+    steps.clear()
+    tier.drop([key_of(1)])
+    assert steps == ["committed"]
+    (synchronous,) = tier._index._db.execute("PRAGMA synchronous").fetchone()
+    assert synchronous == 2
 
 
 def test_commits_are_shared(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:

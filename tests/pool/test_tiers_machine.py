@@ -16,6 +16,8 @@ from lmkv.pool.tiers.disk import DiskTier
 
 from .tier_bed import SEALER, all_there, flip, get, key_of, put
 
+FAST = "/dev/shm" if Path("/dev/shm").is_dir() else None
+"""Hundreds of tiers are opened, and what a sync costs is not the question here."""
 KEYS = st.builds(key_of, st.integers(0, 11), st.integers(0, 2))
 SIZES = st.sampled_from([1, 4096, 20_000, 61_440, 130_000])
 
@@ -25,7 +27,7 @@ class DiskMachine(RuleBasedStateMachine):
         capacity_bytes=st.sampled_from([0, 0, 600_000]), sealed=st.booleans(), direct=st.sampled_from([None, False])
     )
     def begin(self, capacity_bytes: int, sealed: bool, direct: bool | None) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="lmkv-tier-"))
+        self.directory = Path(tempfile.mkdtemp(prefix="lmkv-tier-", dir=FAST))
         self.capacity_bytes, self.sealed, self.direct = capacity_bytes, sealed, direct
         self.pages: dict[bytes, bytes] = {}
         self.damaged: set[bytes] = set()

@@ -50,6 +50,17 @@ def test_the_capacity_holds_and_the_oldest_go(bed: DiskBed) -> None:
     assert set(dict(again.scan())) == set(pages) - set(gone)
 
 
+def test_age_outlives_an_opening(bed: DiskBed) -> None:
+    tier = bed.open()
+    pages = fill(tier, 22, LARGE)
+    gone = len(bed.place.evicted)
+    tier.close()
+    tier = bed.open()
+    pages |= fill(tier, 8, LARGE, start=100)
+    assert len(bed.place.evicted) > gone
+    assert bed.place.evicted == list(pages)[: len(bed.place.evicted)]
+
+
 def test_what_was_read_gets_a_second_chance(bed: DiskBed) -> None:
     tier = bed.open()
     hot = key_of(1)

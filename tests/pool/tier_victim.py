@@ -1,5 +1,5 @@
 """A process that puts, reads and drops pages in a tier until it is killed at a point (LMKV_POOL_KILL_AT), and tells
-before and after each step what it does. `python -m tests.pool.tier_victim URL-OR-DIRECTORY SEED CAPACITY SEALED`"""
+before and after each step what it does. `python -m tests.pool.tier_victim PLACE SEED CAPACITY SEGMENT SEALED`"""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lmkv.pool.tiers.sealing import Sealer
 KEYS = 24
 """Of each thread."""
 THREADS = 2
-STEPS = 100
+STEPS = 70
 SIZES = (20_000, 30_001, 61_440)
 SEALER = Sealer(bytes(range(32)))
 
@@ -46,11 +46,11 @@ def read(tier: StoreTier, key: bytes) -> int | None:
     return found.checksums[0]
 
 
-def open_tier(where: str, capacity_bytes: int, sealed: bool) -> StoreTier:
+def open_tier(where: str, capacity_bytes: int, segment_bytes: int, sealed: bool) -> StoreTier:
     sealer = SEALER if sealed else None
     if "://" in where:
         return ObjectTier(where, sealer=sealer)
-    return DiskTier(Path(where), capacity_bytes, evicted=lambda keys: None, sealer=sealer, segment_bytes=256 << 10)
+    return DiskTier(Path(where), capacity_bytes, evicted=lambda keys: None, sealer=sealer, segment_bytes=segment_bytes)
 
 
 def say(*words: object) -> None:
@@ -94,8 +94,9 @@ def _packed(page: tuple[PageMeta, bytes]) -> tuple[PageMeta, memoryview]:
 
 
 def main() -> None:
-    where, seed, capacity_bytes, sealed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "1"
-    tier = open_tier(where, capacity_bytes, sealed)
+    where = sys.argv[1]
+    seed, capacity_bytes, segment_bytes, sealed = map(int, sys.argv[2:])
+    tier = open_tier(where, capacity_bytes, segment_bytes, bool(sealed))
     faults.arm(os.environ.get(faults.VARIABLE, ""))
     threads = [threading.Thread(target=work, args=(tier, number, seed)) for number in range(THREADS)]
     for thread in threads:

@@ -18,12 +18,7 @@ class Change(ABC):
     """`write` runs inside a transaction that it may share with others, `apply` after its commit, with the lock of
     `Pages` held; `undo` instead, when there was none."""
 
-    synced_point: ClassVar[str] = ""
     committed_point: ClassVar[str] = ""
-
-    def files(self) -> Sequence[Segment]:
-        """To be synced before the transaction."""
-        return ()
 
     @abstractmethod
     def write(self, db: sqlite3.Connection) -> None: ...
@@ -37,17 +32,13 @@ class Change(ABC):
 
 @dataclass(slots=True)
 class PutPage(Change):
-    """The page is in its (pending) slot; let it count."""
+    """The page is in its (pending) slot, and synced; let it count."""
 
     key: bytes
     place: Place
     meta: PageMeta
     key_id: bytes
-    synced_point: ClassVar[str] = "spill:synced"
     committed_point: ClassVar[str] = "spill:indexed"
-
-    def files(self) -> Sequence[Segment]:
-        return (self.place.segment,)
 
     def write(self, db: sqlite3.Connection) -> None:
         place = self.place
@@ -122,18 +113,15 @@ class AddSegment(Change):
 
 @dataclass(slots=True)
 class RetireSegment(Change):
-    """A closing segment ends: `moved` pages are (also) in pending slots of other segments, `given_up` are not."""
+    """A closing segment ends: `moved` pages are also in pending slots of other segments, and synced; `given_up`
+    are not."""
 
     segment: Segment
     moved: Mapping[bytes, tuple[Place, Place]]
     """From, to."""
     given_up: Mapping[bytes, int]
     removed: list[bytes] = field(default_factory=list)
-    synced_point: ClassVar[str] = "compact:copied"
     committed_point: ClassVar[str] = "compact:switched"
-
-    def files(self) -> Sequence[Segment]:
-        return list(dict.fromkeys(new.segment for _, new in self.moved.values()))
 
     def write(self, db: sqlite3.Connection) -> None:
         db.executemany(

@@ -21,7 +21,7 @@ class Compaction:
         self._buffers = buffers
 
     def copy(self, segment: Segment) -> Moved | None:
-        """Copies in pending slots, by key: from where, to where. None: there was not enough room after all, and
+        """Synced copies in pending slots, by key: from where, to where. None: there was not enough room after all, and
         everything is as before. What turns out damaged is left out."""
         faults.point("compact:before")
         moved: Moved = {}
@@ -33,6 +33,9 @@ class Compaction:
                     if count == len(live) // 2:
                         faults.point("compact:half_copied")
                     self._copy_page(key, old, buffer, moved)
+            for target in dict.fromkeys(new.segment for _, new in moved.values()):
+                target.sync()
+            faults.point("compact:copied")
         except (OSError, TierError) as error:
             self._give_back(segment, moved)
             if isinstance(error, _NoRoomError):

@@ -50,6 +50,12 @@ COUNTERS = (
 )
 
 
+class InUseError(TierError):
+    """Another process has the directory of a disk tier open."""
+
+    code = "LMKV-P822"
+
+
 class DiskTier(StoreTier):
     """One directory, one process. Any thread."""
 
@@ -217,6 +223,9 @@ class DiskTier(StoreTier):
             place = Place(segment, slot, self._pages.next_generation(), meta.page_bytes)
             self._write(place, key, meta, page)
             faults.point("spill:written")
+            # Each by itself: the kernel joins syncs that come together.
+            segment.sync()
+            faults.point("spill:synced")
         except BaseException as error:
             with self._pages.lock:
                 self._pages.release_locked(segment, slot)
@@ -290,7 +299,11 @@ class DiskTier(StoreTier):
     def _dropped(self, count: int) -> int:
         self._counts.add("dropped", count)
         if count:
-            self._room.trim()
+            try:
+                self._room.trim()
+            except TierError:
+                # The pages are gone all the same; their files go another time.
+                self._counts.add("compaction_failed")
         return count
 
 
@@ -308,10 +321,9 @@ def _lock(directory: Path) -> int:
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
         os.close(fd)
-        raise TierError(
+        raise InUseError(
             f"the disk tier's directory {directory} is in use by process {holder}",
             hint="give each node a directory of its own",
-            code="LMKV-P822",
         ) from None
     except OSError as error:
         os.close(fd)

@@ -1,8 +1,8 @@
 """The index of a disk tier: a sqlite database, and one commit for all who ask at the same time.
 
-Whoever comes first leads: it syncs the files of all changes that wait, writes their rows in one transaction, commits
-(WAL, synchronous=FULL: the commit itself is on the disk), and lets them count in memory; the others wait for it. So
-rows are never committed before the bytes they point to, and a freed slot is never lent before its row is gone.
+Whoever comes first leads: it writes the rows of all changes that wait in one transaction, commits (WAL,
+synchronous=FULL: the commit itself is on the disk), and lets them count in memory; the others wait for it. What rows
+point to was synced before, and a freed slot is not lent before the row that freed it is on the disk.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lmkv.pool import faults
@@ -20,7 +20,6 @@ from .base import PageMeta, TierError
 from .changes import Change
 from .pages import Pages
 from .record import unpack_checksums
-from .segments import Segment
 
 INDEX_NAME = "index.sqlite"
 SCHEMA_VERSION = 1
@@ -108,16 +107,24 @@ class DiskIndex:
 
     def scan(self, key_id: bytes) -> Iterator[tuple[bytes, PageMeta]]:
         """Pages under one encryption key (b"": none), in the order of their generations, as they are at the start."""
-        with closing(sqlite3.connect(self._directory / INDEX_NAME, check_same_thread=False)) as db:
-            rows = db.execute(
-                "SELECT key, page_bytes, checksums FROM pages WHERE key_id=? ORDER BY generation", (key_id,)
-            )
+        with self._reading() as db:
+            columns = "key, page_bytes, checksums"
+            rows = db.execute(f"SELECT {columns} FROM pages WHERE key_id=? ORDER BY generation", (key_id,))
             for key, page_bytes, checksums in rows:
                 yield key, PageMeta(page_bytes, unpack_checksums(checksums))
 
     def descriptions(self) -> dict[bytes, str]:
-        with closing(sqlite3.connect(self._directory / INDEX_NAME)) as db:
+        with self._reading() as db:
             return dict(db.execute("SELECT namespace, description FROM namespaces").fetchall())
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        """A connection that sees what was committed when it first reads, and holds nobody up. Raises TierError."""
+        try:
+            with closing(sqlite3.connect(self._directory / INDEX_NAME, check_same_thread=False)) as db:
+                yield db
+        except sqlite3.Error as error:
+            raise TierError(f"the index in {self._directory} cannot be read: {error}") from error
 
     def close(self) -> None:
         with self._leading:
@@ -137,9 +144,7 @@ class DiskIndex:
         """Bring the changes that wait to their end. With `_leading` held."""
         batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_CHANGES))]
         try:
-            good = self._synced(batch)
-            if good:
-                self._commit(good)
+            self._commit(batch)
         finally:
             with self._pages.lock:
                 for ticket in batch:
@@ -149,23 +154,6 @@ class DiskIndex:
                         ticket.fail(TierError("the change was interrupted"))
                         ticket.change.undo(self._pages)
                     ticket.done = True
-
-    def _synced(self, batch: Sequence[_Ticket]) -> list[_Ticket]:
-        failed: dict[Segment, TierError] = {}
-        for segment in dict.fromkeys(segment for ticket in batch for segment in ticket.change.files()):
-            try:
-                segment.sync()
-            except OSError as error:
-                failed[segment] = TierError(f"{segment.path} cannot be synced: {error.strerror}")
-        good: list[_Ticket] = []
-        for ticket in batch:
-            errors = [failed[segment] for segment in ticket.change.files() if segment in failed]
-            if errors:
-                ticket.fail(errors[0])
-            else:
-                good.append(ticket)
-                faults.point(ticket.change.synced_point)
-        return good
 
     def _commit(self, batch: Sequence[_Ticket]) -> None:
         try:

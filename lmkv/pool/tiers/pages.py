@@ -62,6 +62,10 @@ class SizeClass:
         finally:
             self.hand_segment, self.hand_slot = at, slot
 
+    def start_at(self, place: Place) -> None:
+        """The hand comes to `place` next."""
+        self.hand_segment, self.hand_slot = self.segments.index(place.segment), place.slot
+
     def forget(self, segment: Segment) -> None:
         at = self.segments.index(segment)
         del self.segments[at]

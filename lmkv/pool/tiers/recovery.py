@@ -132,6 +132,7 @@ class Recovery:
         db.execute("COMMIT")
         self._counts.add("torn", len(torn))
         self._set_free(found.values())
+        self._set_hands()
 
     def _holds(self, segment: Segment, row: _Row) -> bool:
         """Whether the slot's header is what the row says."""
@@ -167,6 +168,17 @@ class Recovery:
             with self._pages.lock:
                 segment.free.extend(slot for slot, key in enumerate(segment.keys) if key is None)
                 self._pages.reopen_locked(segment)
+
+    def _set_hands(self) -> None:
+        """To the oldest page of each size."""
+        oldest: dict[int, Place] = {}
+        with self._pages.lock:
+            for place in self._pages.places.values():
+                first = oldest.setdefault(place.segment.slot_bytes, place)
+                if place.generation < first.generation:
+                    oldest[place.segment.slot_bytes] = place
+            for slot_bytes, place in oldest.items():
+                self._pages.classes[slot_bytes].start_at(place)
 
     def _remove_strays(self, found: dict[int, Segment]) -> None:
         known = {segment.path for segment in found.values()}
