@@ -64,7 +64,7 @@ def run_inside(
 ) -> None:
     """With the network, and nothing of this machine's environment. What is mounted (`binds` read-only, `files` over
     theirs) is so in a namespace of its own, and gone with the command."""
-    mounts = [f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev"]
+    mounts = [f"mount -t proc proc {root}/proc", f"mount --rbind /dev {root}/dev", f"mount --rbind /sys {root}/sys"]
     lent = {"/etc/resolv.conf": Path("/etc/resolv.conf"), **{str(path): path for path in binds}, **files}
     with contextlib.ExitStack() as placed:
         for target, source in lent.items():
