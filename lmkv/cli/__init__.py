@@ -6,10 +6,10 @@ import typer
 
 from .controller import controller
 from .doctor import doctor
-from .pool import pool
 from .drain import drain
 from .drop import drop
 from .keys import keys
+from .pool import pool
 from .router import router
 from .status import status
 from .version import version
