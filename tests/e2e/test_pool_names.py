@@ -1,5 +1,6 @@
-"""The same tokens, but other numbers: other weights or adapters at the same path, another dtype, rope or tenant. Each is a
-miss, and the answer is the engine's own."""
+"""The same tokens, but other numbers: other weights or adapters at the same path, another dtype, rope or tenant.
+
+Each is a miss, and the answer is the engine's own."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A node killed at every named point: what was promised as durable comes back right, everything else is right or a miss.
+"""A node killed at every named point: what was promised as durable comes back right, all else is right or a miss.
 
-`LMKV_CHAOS_ROUNDS` sets the number of rounds, `LMKV_CHAOS_SEED` the first seed. Each round prints its seed with a failure.
+`LMKV_CHAOS_ROUNDS` sets the number of rounds, `LMKV_CHAOS_SEED` the first seed. A round that fails prints its seed.
 """
 
 from __future__ import annotations
