@@ -27,6 +27,8 @@ from .naming import exclusion, request_extras
 
 logger = logging.getLogger(__name__)
 
+LEAST_LEASE_S = 0.5
+"""What is pinned for less than this is not loaded."""
 WAIT_S = 0.0005
 """The engine waits this long at a time for a lookup, before it looks after its other requests."""
 
@@ -39,6 +41,7 @@ class _Pooled:
     chain: Chain
     lookup: Lookup | None = None
     promoting: bool = False
+    renewed: bool = False
     decided: bool = False
     """No more is asked of the pool for it (until it is preempted)."""
     preemptions: int = 0
@@ -175,12 +178,19 @@ class PoolSide:
             pooled.known = max(pooled.known, lookup.chunks)
             self._let_go(pooled)
             return 0
-        if any(page.until_s < time.monotonic() + self._settings.load_s for page in lookup.pages[-1:]):
-            self._let_go(pooled)  # it waited for blocks so long that its leases run out: ask again
-            pooled.decided = False
-            self._seek(pooled)
-            return None
+        if min(page.until_s for page in lookup.pages) < time.monotonic() + LEAST_LEASE_S:
+            return self._renew(pooled)
         return tokens
+
+    def _renew(self, pooled: _Pooled) -> int | None:
+        """It has waited for blocks so long that its leases run out (or they are too short): ask again, once."""
+        self._let_go(pooled)
+        if pooled.renewed:
+            self._count("lookup:expired")
+            return 0
+        pooled.renewed, pooled.decided = True, False
+        self._seek(pooled)
+        return None
 
     def _promote(self, pooled: _Pooled, lookup: Lookup, computed_tokens: int) -> bool:
         """Wait for pages that lie in lower tiers, once, if they come up soon."""
@@ -218,12 +228,12 @@ class PoolSide:
             cached = tokens[0] // n
             ids = tuple(0 if i < cached else table[i] for i in range(lo, hi))
             ranges.append(BlockRange(group, lo, ids))
-        until_s = time.monotonic() + self._settings.load_s
+        until_s = min(time.monotonic() + self._settings.load_s, *(page.until_s for page in pages))
         spec = LoadSpec(request.request_id, lookup.namespace, tokens, tuple(ranges), pages, until_s)
         self._loads.append(spec)
         pooled.loading, pooled.leases, pooled.lookup = spec, lookup.leases, None
         pooled.known = max(pooled.known, lookup.chunks)
-        pooled.decided, pooled.reports = True, []
+        pooled.decided, pooled.renewed, pooled.reports = True, False, []
         self._count("lookup:hit")
         self._count("hit_tokens", tokens[1] - tokens[0])
 
