@@ -26,9 +26,11 @@ def run(words: Sequence[str], timeout_s: float, say: Say) -> None:
     )
     try:
         said, _ = process.communicate(timeout=timeout_s)
-    except BaseException:
+    except BaseException as error:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            raise DockerfileError(f"not done after {timeout_s:g} s · raise --timeout") from error
         raise
     lines = [line for line in said.decode(errors="replace").splitlines() if line.strip()]
     for line in lines[-OUTPUT_LINES if process.returncode else -1 :]:
@@ -112,4 +114,5 @@ def copy_in(base: Path, source: str, files: Sequence[Path], into: Path, several:
     for file in files:
         target = into / (file.relative_to(start) if file != start else Path(file.name if several else ""))
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
         shutil.copy2(file, target, follow_symlinks=False)

@@ -196,7 +196,7 @@ class Builder:
             if not files:
                 raise DockerfileError(f"there is no {source} in {origin or 'the context'} · see .dockerignore")
             rootfs.copy_in(base, source, files, state.path(target), len(sources) > 1 or target.endswith("/"))
-        self.log.say(f"  line {step.line:3} COPY {step.text}")
+        self.log.say(f"  line {step.line:3} COPY {step.text}" + (f" (from {origin})" if origin else ""))
 
     def _run(self, step: Instruction, state: State) -> None:
         self.log.say(f"  line {step.line:3} RUN  {step.text[:150]}")
