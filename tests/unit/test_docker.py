@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 PROFILES = ("cpu", "cuda")
 FOREIGN = {"CUDA_VISIBLE_DEVICES", "HF_TOKEN"}
-COMING = {"pool", "controller", "LMKV_POOL", "LMKV_CONTROLLER"}
-"""Named by compose.yaml, and not in lmkv yet: take out what is there."""
 
 
 @pytest.fixture
@@ -223,7 +221,7 @@ def test_every_command_exists(profile: str) -> None:
     for name, service in services(profile).items():
         program, *rest = command(service)
         if program == "lmkv":
-            assert rest[0] in known | COMING, name
+            assert rest[0] in known, name
         elif program == "python":
             assert (ROOT / rest[0]).is_file(), name
         else:
@@ -256,7 +254,7 @@ def test_every_variable_is_a_setting(profile: str) -> None:
     connector = {f"LMKV_{name.upper()}" for name in ConnectorSettings.model_fields}
     router = {f"LMKV_ROUTER_{name.upper()}" for name in RouterSettings.model_fields}
     for name, service in services(profile).items():
-        given = set(service.get("environment", {})) - FOREIGN - COMING
+        given = set(service.get("environment", {})) - FOREIGN
         role = name.removesuffix(f"-{profile}")
         assert given <= (connector | set(scripts[1].split()) if role in ("prefill", "decode") else router), name
 
