@@ -187,6 +187,15 @@ class Drop(_Message, frozen=True):
     keys: bytes = b""
 
 
+class Demote(_Message, frozen=True):
+    """Give up the copies in memory of pages that a lower tier has as well; without keys, of the whole namespace,
+    without a namespace of all. Answered by Dropped."""
+
+    token: int
+    namespace: bytes = b""
+    keys: bytes = b""
+
+
 class Dropped(_Message, frozen=True):
     token: int
     pages: int
@@ -330,8 +339,8 @@ class Unreadable(_Message, frozen=True):
 
 PoolMessage = (
     PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin | Pinned
-    | Unpin | Touch | Drop | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Stats | StatsAre | Snapshot
-    | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
+    | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Stats | StatsAre
+    | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -13,6 +13,7 @@ import zmq
 from lmkv.errors import PoolError, WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import (
+    Demote,
     Drain,
     Drained,
     Drop,
@@ -95,6 +96,11 @@ class Admin:
     def drop(self, namespace: bytes = b"", keys: bytes = b"") -> Dropped:
         token = next(self._tokens)
         return self._ask(Drop(token, namespace, keys), token, Dropped, max(self._deadline_s, DRAIN_S / 4))
+
+    def demote(self, namespace: bytes = b"", keys: bytes = b"") -> Dropped:
+        """Copies in memory of pages that a lower tier has."""
+        token = next(self._tokens)
+        return self._ask(Demote(token, namespace, keys), token, Dropped)
 
     def _ask(self, question: PoolMessage, token: int, kind: type[_A], deadline_s: float = 0.0) -> _A:
         name = type(question).__name__

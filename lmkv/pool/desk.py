@@ -120,6 +120,10 @@ class Desk:
         match message:
             case pw.Drop():
                 self._drop(identity, message)
+            case pw.Demote():
+                keys = self._keys(message.namespace, message.keys) if message.keys else None
+                chosen = keys if keys is not None else self._index.keys(message.namespace)
+                self._send(identity, pw.Dropped(message.token, sum(self._index.demote(key) for key in chosen)))
             case pw.Drain():
                 self.drain(identity, message.token, message.stop)
             case pw.ListKeys():

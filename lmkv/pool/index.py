@@ -296,6 +296,14 @@ class PoolIndex:
             self.counters["evicted:last_copy"] += 1
             del self._pages[entry.key]
 
+    def demote(self, key: bytes) -> bool:
+        """Give up the copy in memory of a page that a lower tier has, unless somebody holds it."""
+        entry = self.find(key)
+        if entry is None or entry.holds or Tier.DRAM not in entry.tiers or not entry.tiers & ~Tier.DRAM:
+            return False
+        self._room.evict(entry)
+        return True
+
     def drop(self, key: bytes) -> bool:
         """Forget a page, at once for those who ask; its slot goes when nobody holds it."""
         entry = self._pages.get(key)

@@ -91,9 +91,9 @@ class Room:
         slab = self._slab_of_others(size, own)
         if slab:
             for entry in slab:
-                self._evict(entry)
+                self.evict(entry)
         elif own is not None:
-            self._evict(own)
+            self.evict(own)
         return bool(slab) or own is not None
 
     def _victim(self, size: int) -> Entry | None:
@@ -126,7 +126,8 @@ class Room:
                     break
         return []
 
-    def _evict(self, entry: Entry) -> None:
+    def evict(self, entry: Entry) -> None:
+        """Nobody holds it: its slot is free from now on."""
         del self._keys[entry.key]
         self._policy(entry).evicted(entry.key)
         self.free(entry)

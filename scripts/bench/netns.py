@@ -46,7 +46,7 @@ def _run(*command: str) -> str:
 
 
 class Link:
-    """The namespaces and devices; `close` removes them and may be called twice."""
+    """The namespaces and devices; `close` removes them and may be called twice. `rate_mbit` 0: as fast as it goes."""
 
     def __init__(self, rate_mbit: float) -> None:
         if os.geteuid() != 0:
@@ -75,6 +75,8 @@ class Link:
             self._limit(host)
 
     def _limit(self, host: Host) -> None:
+        if not self.rate_mbit:
+            return
         limit = ["rate", f"{self.rate_mbit:.3f}mbit", "burst", str(BURST_BYTES), "latency", f"{QUEUE_LATENCY_MS}ms"]
         _run("tc", "-n", host.namespace, "qdisc", "add", "dev", host.link_device, "root", "tbf", *limit)
 

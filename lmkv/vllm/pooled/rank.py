@@ -199,6 +199,10 @@ class PoolRank:
             self._told = nodes
             self._outbox.send(self._engine, PoolNodes(self._rank, nodes))
 
+    def nodes(self) -> list[NodeAccess]:
+        """Those that are ready."""
+        return list(self._directory.ready()) if self._directory is not None else []
+
     def take_reports(self) -> list[LoadReport]:
         return self._loads.take() if self._loads is not None else []
 
