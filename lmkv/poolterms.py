@@ -94,6 +94,7 @@ class Page(msgspec.Struct, frozen=True, gc=False, array_like=True):
     checksums: tuple[int, ...]
     tier: Tier = Tier.DRAM
     """Where it was found."""
+    page_bytes: int = 0
 
 
 class Member(msgspec.Struct, frozen=True, gc=False, array_like=True):

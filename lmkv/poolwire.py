@@ -233,11 +233,19 @@ class Keys(_Message, frozen=True):
 
 
 class Replicate(_Message, frozen=True):
-    """To a node: copy these pages from the node with that card. One-way."""
+    """To a node: copy these pages from the node with that card. Answered by Replicated if there is a token."""
 
     source: NodeCard
     namespace: bytes
     keys: bytes
+    token: int = 0
+
+
+class Replicated(_Message, frozen=True):
+    """So many of the pages are here."""
+
+    token: int
+    pages: int
 
 
 class Stats(_Message, frozen=True):
@@ -339,8 +347,8 @@ class Unreadable(_Message, frozen=True):
 
 PoolMessage = (
     PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin | Pinned
-    | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Stats | StatsAre
-    | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
+    | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Replicated
+    | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -40,6 +40,8 @@ def pool(
     key_file: Annotated[_Text, typer.Option(help="Key for encryption at rest; without it, none.")] = None,
     controller: Annotated[_List, typer.Option(help="Controller tcp://HOST:PORT; repeatable.")] = None,
     etcd: Annotated[_Text, typer.Option(help="etcd to register with, http://HOST:PORT.")] = None,
+    etcd_prefix: Annotated[_Text, typer.Option(help="Keys in etcd begin so. [/lmkv/nodes]")] = None,
+    replicas: Annotated[_List, typer.Option(help="Node that copies what is to have replicas; repeatable.")] = None,
     beat_s: Annotated[_Float, typer.Option(help="Interval of signs of life. [1]")] = None,
     drain_s: Annotated[_Float, typer.Option(help="On SIGTERM, time to write what only memory holds. [30]")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",

@@ -53,6 +53,11 @@ class Clients:
         if transport is not None:
             transport.register(Region(self._zeros.ctypes.data, SCRATCH_BYTES, owner=self._zeros))
 
+    @property
+    def scratch(self) -> Extents:
+        """Registered bytes that nobody reads."""
+        return Extents.of((self._zeros.ctypes.data, SCRATCH_BYTES))
+
     def __len__(self) -> int:
         return len(self._clients)
 

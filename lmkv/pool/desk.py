@@ -13,6 +13,7 @@ from lmkv.hashing import namespace_of
 from lmkv.poolwire import Ack, Refusal, Tier
 
 from .clients import Clients
+from .copying import Copying, Replicas
 from .faults import point
 from .index import Entry, PoolIndex
 from .leases import Leases
@@ -46,22 +47,24 @@ class _WaitingPin:
 
 @dataclass(slots=True)
 class _WaitingCommit:
-    """It waits for pages to become durable."""
+    """It waits for pages to become durable, or for their copies."""
 
     identity: bytes
     token: int
     refusals: tuple[Refusal, ...]
     until_s: float
     left: int
-    durable: bool = True
+    wanted: Ack
+    kept: bool = True
 
-    def settled(self, durable: bool) -> None:
+    def settled(self, kept: bool) -> None:
+        """One of what it waits for is decided."""
         self.left -= 1
-        self.durable = self.durable and durable
+        self.kept = self.kept and kept
 
     @property
     def reached(self) -> Ack:
-        return Ack.DURABLE if self.durable and self.left == 0 else Ack.VOLATILE
+        return self.wanted if self.kept and self.left == 0 else Ack.VOLATILE
 
 
 class Desk:
@@ -78,7 +81,8 @@ class Desk:
         send: Send,
         most_lease_s: float,
         write_lease_s: float,
-        replicate: Callable[[pw.Replicate], None],
+        copying: Copying,
+        replicas: Replicas,
     ) -> None:
         self.card = card
         self.namespaces: dict[bytes, str] = {}
@@ -87,7 +91,7 @@ class Desk:
         self._index, self._leases, self._clients = index, leases, clients
         self._tiering, self._publisher, self._send = tiering, publisher, send
         self._most_lease_s, self._write_lease_s = most_lease_s, write_lease_s
-        self._replicate = replicate
+        self._copying, self._replicas = copying, replicas
         self._pins: list[_WaitingPin] = []
         self._commits: list[_WaitingCommit] = []
         self._drains: list[tuple[bytes, int, bool]] = []
@@ -136,7 +140,7 @@ class Desk:
                     raise WireError("the snapshot is not kept any more; begin again")
                 self._send(identity, part)
             case pw.Replicate():
-                self._replicate(message)
+                self._replicate(identity, message, now_s)
             case _:
                 raise WireError(f"a pool node does not take {type(message).__name__}")
 
@@ -211,14 +215,24 @@ class Desk:
         fresh.reverse()
         for entry in fresh:
             self._tiering.visible(entry)
-        if message.ack is not Ack.DURABLE or not fresh:
+        if message.ack is Ack.VOLATILE or not fresh:
             self._send(identity, pw.Committed(message.token, tuple(refusals)))
             return
         until_s = now_s + _seconds("wait_s", message.wait_s)
-        waiting = _WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh))
+        waiting = _WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh), message.ack)
         self._commits.append(waiting)
+        if message.ack is Ack.REPLICATED:
+            self._copy_out(message.namespace, fresh, until_s, waiting)
+            return
         for entry in fresh:
             self._tiering.make_durable(entry, waiting.settled)
+
+    def _copy_out(self, namespace: bytes, fresh: list[Entry], until_s: float, waiting: _WaitingCommit) -> None:
+        """By every replica; without one there is no copy."""
+        waiting.left = len(self._replicas)
+        waiting.kept = waiting.left > 0
+        keys = b"".join(entry.key[pw.NAMESPACE_BYTES :] for entry in fresh)
+        self._replicas.ask(self.card, namespace, keys, until_s, waiting.settled)
 
     # --- reading ---
 
@@ -286,7 +300,7 @@ class Desk:
                 self._tiering.hit(entry)
         self._index.counters["pin:pages"] += len(here)
         pages = tuple(
-            pw.Page(e.offset, e.generation, e.checksums, _best(tiers))
+            pw.Page(e.offset, e.generation, e.checksums, _best(tiers), e.page_bytes)
             for e, tiers in zip(here, waiting.tiers, strict=False)
         )
         size = here[0].page_bytes if here else 0
@@ -307,6 +321,13 @@ class Desk:
         self._leases.unpin(message.lease)
 
     # --- administration ---
+
+    def _replicate(self, identity: bytes, message: pw.Replicate, now_s: float) -> None:
+        def copied(pages: int) -> None:
+            if message.token:
+                self._send(identity, pw.Replicated(message.token, pages))
+
+        self._copying.take(message, copied, now_s)
 
     def _drop(self, identity: bytes, message: pw.Drop) -> None:
         """Answered when the pages are gone from the tiers too, for good."""

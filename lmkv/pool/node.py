@@ -18,6 +18,7 @@ from pathlib import Path
 import zmq
 
 from lmkv import poolwire as pw
+from lmkv.control.etcd import EtcdMembership
 from lmkv.control.mailbox import split_address
 from lmkv.control.wake import Wake
 from lmkv.errors import ConfigError, TransportError, WireError
@@ -26,6 +27,7 @@ from lmkv.transport import Completion, PeerLost, Region, Transport, open_transpo
 
 from .arena import Arena
 from .clients import Clients
+from .copying import Copying, Replicas
 from .desk import Desk
 from .index import PoolIndex, Writer
 from .leases import Leases
@@ -75,6 +77,18 @@ class PoolNode:
         self._leases = Leases(
             self._index, self._index.counters, int(self._memory.capacity_bytes * settings.pin_share), _fresh()
         )
+        self._copying = Copying(
+            self._context,
+            self._incarnation,
+            settings.name or "pool",
+            self._index,
+            self._memory,
+            self._transport,
+            self._clients.scratch,
+            self._tiering.visible,
+            self._index.counters,
+        )
+        self._replicas = Replicas(self._context, settings.replicas)
         _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
         self.card = pw.NodeCard(
             settings.name or f"pool-{socket.gethostname()}-{port}",
@@ -98,8 +112,10 @@ class PoolNode:
             self._send,
             settings.most_lease_s,
             settings.write_lease_s,
-            self._replicate,
+            self._copying,
+            self._replicas,
         )
+        self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         self._beat_s = 0.0
         self._tick_s = 0.0
         self.unreadable = 0
@@ -150,6 +166,8 @@ class PoolNode:
             count = self._tiering.adopt()
             if self._tiering.stores:
                 logger.info("%d pages found in lower tiers in %.1f s", count, time.monotonic() - started_s)
+            if self._etcd is not None:
+                self._etcd.register(self.card)
             ready()
             self._loop()
         finally:
@@ -172,7 +190,8 @@ class PoolNode:
             now_s = time.monotonic()
             # What was sent since may have taken the wake-up of what has come (the socket's descriptor tells only once).
             more = more or bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
-            pause_s = 0.0 if more else min(self._pause_s(), self._desk.next_s(now_s))
+            waits = (self._desk.next_s(now_s), self._copying.next_s(now_s), self._replicas.next_s(now_s))
+            pause_s = 0.0 if more else min(self._pause_s(), *waits)
             ready = {fd for fd, _ in poller.poll(max(0.0, pause_s) * 1000)}
             self._wake.clear()
             now_s = time.monotonic()
@@ -198,6 +217,8 @@ class PoolNode:
     def _tend(self, now_s: float) -> None:
         assert self._tiering is not None
         self._tiering.collect()
+        self._copying.tick(now_s)
+        self._replicas.tick(now_s)
         self._desk.settle(now_s)
         if now_s - self._tick_s >= TICK_S:
             self._tick_s = now_s
@@ -258,8 +279,10 @@ class PoolNode:
             match event:
                 case Completion(op, error):
                     self._transport.release(op)
-                    self._clients.completed(op, error)
+                    if not self._copying.completed(op, error, time.monotonic()):
+                        self._clients.completed(op, error)
                 case PeerLost(peer, reason):
+                    self._copying.peer_lost(peer, reason)
                     self._clients.lost(peer, reason)
 
     def _take_shares(self, ready: set[int], poller: select.poll, now_s: float) -> None:
@@ -305,9 +328,6 @@ class PoolNode:
         if self._tiering is not None:
             self._tiering.evicted(tier, keys)
 
-    def _replicate(self, message: pw.Replicate) -> None:
-        logger.info("asked to replicate %d bytes of keys from %s", len(message.keys), message.source.name)
-
     # --- ending ---
 
     def _end(self) -> None:
@@ -325,6 +345,10 @@ class PoolNode:
             Path(self.card.share).unlink(missing_ok=True)
         for connection, _ in self._sharers.values():
             connection.close()
+        self._copying.close()
+        self._replicas.close()
+        if self._etcd is not None:
+            self._etcd.withdraw()
         self._publisher.close()
         self._router.close()
         self._context.term()

@@ -63,6 +63,10 @@ class NodeSettings(BaseSettings):
 
     controller: Annotated[tuple[str, ...], NoDecode] = Field((), description="controllers to beat to")
     etcd: str = Field("", description="URL of an etcd to register with")
+    etcd_prefix: str = Field("/lmkv/nodes", description="keys in etcd begin so")
+    replicas: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="nodes that copy what is stored here with the promise of replicas"
+    )
     beat_s: float = Field(1.0, gt=0, description="interval of signs of life")
     drain_s: float = Field(30.0, ge=0, description="on SIGTERM, time to write what only memory holds")
 
@@ -71,7 +75,7 @@ class NodeSettings(BaseSettings):
     def _bytes(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
-    @field_validator("controller", mode="before")
+    @field_validator("controller", "replicas", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
