@@ -384,6 +384,36 @@ def test_commits_are_shared(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> No
     assert tier.counters()["puts"] == 17
 
 
+def test_a_disk_that_does_not_answer_costs_a_bounded_time(bed: DiskBed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One change is stuck in its commit; the next gives up and leaves nothing behind."""
+    tier = bed.open()
+    kept = put(tier, key_of(1))
+    monkeypatch.setattr("lmkv.pool.tiers.disk_index.COMMIT_WAIT_S", 0.2)
+    stuck, go_on = threading.Event(), threading.Event()
+    real = tier._index._commit
+
+    def slow(batch: Any) -> None:
+        stuck.set()
+        assert go_on.wait(30)
+        real(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tier._index, "_commit", slow)
+        first = threading.Thread(target=put, args=(tier, key_of(2)))
+        first.start()
+        assert stuck.wait(10)
+        for call in (lambda: put(tier, key_of(1), version=1), lambda: tier.drop([key_of(1)])):
+            with pytest.raises(TierError, match="has not answered"):
+                call()
+        go_on.set()
+        first.join(10)
+        assert not first.is_alive()
+    assert get(tier, key_of(1)) == kept
+    assert get(tier, key_of(2)) is not None
+    assert sum(each.pending for size_class in tier._pages.classes.values() for each in size_class.segments) == 0
+    assert put(tier, key_of(3)) == get(tier, key_of(3))
+
+
 def test_nothing_is_left_open(bed: DiskBed) -> None:
     def descriptors() -> int:
         return len(os.listdir("/proc/self/fd"))
