@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from lmkv.pool import faults
@@ -29,7 +29,7 @@ DISK_POINTS = [
     *("drop:before", "drop:unindexed"),
 ]
 OBJECT_POINTS = ["object:before_put", "object:put"]
-TIMES = {"compact:before": 3, "compact": 1, "drop": 6, "promote": 10}
+TIMES = {"compact:before": 3, "compact": 1, "drop": 6, "promote": 3}
 """How often a point is passed at most before it kills, where that is less than 40."""
 CHAIN = 4
 """Rounds on one directory, one after the other."""
@@ -48,16 +48,20 @@ class Tally:
 
 @dataclass(frozen=True)
 class Setting:
-    """`segment_bytes` 1: a segment a slot, so a slot is used again as soon as it is free."""
-
     where: str
     capacity_bytes: int
-    segment_bytes: int
     sealed: bool
+    segment_bytes: int = 0
+    """1: a segment a slot, so that a slot is used again as soon as it is free."""
 
     @classmethod
     def drawn(cls, where: str, source: random.Random) -> Setting:
-        return cls(where, source.choice((0, 0, 3 << 20)), source.choice((1, 256 << 10)), source.random() < 0.25)
+        return cls(where, source.choice((0, 0, 3 << 20)), source.random() < 0.25)
+
+    def for_point(self, point: str, source: random.Random) -> Setting:
+        """Only segments of several slots are ever half empty."""
+        few = 256 << 10
+        return replace(self, segment_bytes=few if point.startswith("compact") else source.choice((1, few)))
 
     def open(self) -> StoreTier:
         return open_tier(self.where, self.capacity_bytes, self.segment_bytes, self.sealed)
@@ -112,6 +116,7 @@ def chains(where: Path, points: list[str], rounds: int, kind: str) -> Tally:
             place = str(where / f"{number}")
             setting = Setting.drawn(place if kind == "disk" else f"file://{place}", source)
         point = points[number % len(points)]
+        setting = setting.for_point(point, source)
         count = source.randint(1, TIMES.get(point, TIMES.get(point.partition(":")[0], 40)))
         seed = SEED * 10_000 + number
         print(f"round {number}: seed {seed}, {point}:{count}, {setting}")

@@ -63,7 +63,7 @@ def work(tier: StoreTier, thread: int, seed: int) -> None:
     for step in range(STEPS):
         number = choice.randrange(KEYS)
         key = key_at(thread, number)
-        match choice.choices(("put", "get", "drop", "namespace", "compact"), (50, 18, 16, 2, 14))[0]:
+        match choice.choices(("put", "get", "drop", "namespace", "compact"), (48, 14, 16, 2, 20))[0]:
             case "put":
                 version = seed * 1000 + step
                 say("?", thread, number, version)
@@ -72,7 +72,7 @@ def work(tier: StoreTier, thread: int, seed: int) -> None:
             case "get":
                 read(tier, key)
             case "drop":
-                numbers = choice.sample(range(KEYS), choice.choice((1, 6, 16)))
+                numbers = choice.sample(range(KEYS), choice.choice((1, 8, 16)))
                 for each in numbers:
                     say("?", thread, each, "gone")
                 tier.drop([key_at(thread, each) for each in numbers])

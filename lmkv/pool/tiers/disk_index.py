@@ -68,13 +68,16 @@ def count_opening(db: sqlite3.Connection) -> int:
 
 
 class _Ticket:
-    __slots__ = ("change", "committed", "done", "error")
+    """A change that waits. `woken`: it is done, or, if it is not, its thread has to lead."""
+
+    __slots__ = ("change", "committed", "done", "error", "woken")
 
     def __init__(self, change: Change) -> None:
         self.change = change
         self.committed = False
         self.done = False
         self.error: TierError | None = None
+        self.woken = threading.Event()
 
     def fail(self, error: TierError) -> None:
         self.error = self.error or error
@@ -87,21 +90,20 @@ class DiskIndex:
         self._db = db
         self._directory = directory
         self._pages = pages
+        self._lock = threading.Lock()
         self._queue: deque[_Ticket] = deque()
-        self._leading = threading.Lock()
+        self._led = False
+        """Somebody leads, or was woken to lead; otherwise the queue is empty."""
         self.commits = 0
 
     def run(self, change: Change) -> None:
         """Make `change` durable and visible. Raises TierError; then it is undone."""
         ticket = _Ticket(change)
-        self._queue.append(ticket)
-        if not self._leading.acquire(timeout=COMMIT_WAIT_S):
-            self._withdraw(ticket)
-        try:
-            while not ticket.done:
-                self._lead()
-        finally:
-            self._leading.release()
+        with self._lock:
+            self._queue.append(ticket)
+            leads, self._led = not self._led, True
+        if leads or self._must_lead(ticket):
+            self._lead()
         if ticket.error is not None:
             raise ticket.error
 
@@ -127,33 +129,51 @@ class DiskIndex:
             raise TierError(f"the index in {self._directory} cannot be read: {error}") from error
 
     def close(self) -> None:
-        with self._leading:
-            self._db.close()
+        """When nothing runs any more."""
+        self._db.close()
 
-    def _withdraw(self, ticket: _Ticket) -> None:
+    def _must_lead(self, ticket: _Ticket) -> bool:
+        """Wait for the end of a change, or for its turn to lead. Raises TierError when the disk does not answer."""
+        if not ticket.woken.wait(COMMIT_WAIT_S):
+            with self._lock:
+                if not ticket.woken.is_set():
+                    self._withdraw_locked(ticket)
+        return not ticket.done
+
+    def _withdraw_locked(self, ticket: _Ticket) -> None:
         """Raises TierError always."""
-        try:
-            self._queue.remove(ticket)
-        except ValueError:
-            raise TierError(f"the disk has not answered for {COMMIT_WAIT_S:.0f} s; the outcome is open") from None
+        said = f"the disk has not answered for {COMMIT_WAIT_S:.0f} s"
+        if ticket not in self._queue:
+            raise TierError(f"{said}; whether the change is done is open", hint="look at the disk")
+        self._queue.remove(ticket)
         with self._pages.lock:
             ticket.change.undo(self._pages)
-        raise TierError(f"the disk has not answered for {COMMIT_WAIT_S:.0f} s", hint="look at the disk's state")
+        raise TierError(said, hint="look at the disk")
 
     def _lead(self) -> None:
-        """Bring the changes that wait to their end. With `_leading` held."""
-        batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_CHANGES))]
+        """Bring the changes that wait, ours the first of them, to their end; then let the next one lead."""
+        with self._lock:
+            batch = [self._queue.popleft() for _ in range(min(len(self._queue), BATCH_CHANGES))]
         try:
             self._commit(batch)
         finally:
-            with self._pages.lock:
-                for ticket in batch:
-                    if ticket.committed:
-                        ticket.change.apply(self._pages)
-                    else:
-                        ticket.fail(TierError("the change was interrupted"))
-                        ticket.change.undo(self._pages)
-                    ticket.done = True
+            self._end(batch)
+            with self._lock:
+                self._led = bool(self._queue)
+                if self._queue:
+                    self._queue[0].woken.set()
+            for ticket in batch:
+                ticket.woken.set()
+
+    def _end(self, batch: Sequence[_Ticket]) -> None:
+        with self._pages.lock:
+            for ticket in batch:
+                if ticket.committed:
+                    ticket.change.apply(self._pages)
+                else:
+                    ticket.fail(TierError("the change was interrupted"))
+                    ticket.change.undo(self._pages)
+                ticket.done = True
 
     def _commit(self, batch: Sequence[_Ticket]) -> None:
         try:
