@@ -346,9 +346,10 @@ class Unreadable(_Message, frozen=True):
 
 
 PoolMessage = (
-    PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin | Pinned
-    | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate | Replicated
-    | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre | Lookup | Found | Unreadable
+    PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin
+    | Pinned | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate
+    | Replicated | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre
+    | Lookup | Found | Unreadable
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Time to first token of a prompt that the pool has, beside computing it and beside LMCache; and what storing costs.
 
-All engines run on core 0, pool nodes and LMCache's server on core 1; an engine that is not being measured is stopped. In
-each round every method gets prompts that nobody has seen: the engine computes one (and stores it), its own prefix cache is
-emptied, and the same prompt is asked again. It is asked a third time for the floor, the time for a prompt that the engine
-still holds.
+All engines run on core 0, pool nodes and LMCache's server on core 1; an engine that is not being measured is stopped.
+In each round every method gets prompts that nobody has seen: the engine computes one (and stores it), its own prefix
+cache is emptied, and the same prompt is asked again. It is asked a third time for the floor, the time for a prompt that
+the engine still holds.
 
     plain      vLLM without a connector: computing
     local      the host's own node, its arena mapped

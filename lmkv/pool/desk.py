@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lmkv import poolwire as pw
 from lmkv.errors import WireError
@@ -19,6 +18,7 @@ from .index import Entry, PoolIndex
 from .leases import Leases
 from .publisher import Publisher
 from .tiering import Tiering
+from .waiting import WaitingCommit, WaitingPin
 
 logger = logging.getLogger(__name__)
 
@@ -27,44 +27,6 @@ MOST_LISTED = 10_000
 MOST_KEYS = 65536
 MOST_SHARDS = 1024
 MOST_NAMESPACES = 65536
-
-
-@dataclass(slots=True)
-class _WaitingPin:
-    """It waits for pages to come up."""
-
-    identity: bytes
-    question: pw.Pin
-    run: list[Entry]
-    tiers: list[Tier]
-    until_s: float
-    left: int
-
-    def came_up(self, here: bool) -> None:
-        """One page more is decided; one that is not here ends the run when it is pinned."""
-        self.left -= 1
-
-
-@dataclass(slots=True)
-class _WaitingCommit:
-    """It waits for pages to become durable, or for their copies."""
-
-    identity: bytes
-    token: int
-    refusals: tuple[Refusal, ...]
-    until_s: float
-    left: int
-    wanted: Ack
-    kept: bool = True
-
-    def settled(self, kept: bool) -> None:
-        """One of what it waits for is decided."""
-        self.left -= 1
-        self.kept = self.kept and kept
-
-    @property
-    def reached(self) -> Ack:
-        return self.wanted if self.kept and self.left == 0 else Ack.VOLATILE
 
 
 class Desk:
@@ -92,8 +54,8 @@ class Desk:
         self._tiering, self._publisher, self._send = tiering, publisher, send
         self._most_lease_s, self._write_lease_s = most_lease_s, write_lease_s
         self._copying, self._replicas = copying, replicas
-        self._pins: list[_WaitingPin] = []
-        self._commits: list[_WaitingCommit] = []
+        self._pins: list[WaitingPin] = []
+        self._commits: list[WaitingCommit] = []
         self._drains: list[tuple[bytes, int, bool]] = []
 
     def take(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
@@ -219,7 +181,7 @@ class Desk:
             self._send(identity, pw.Committed(message.token, tuple(refusals)))
             return
         until_s = now_s + _seconds("wait_s", message.wait_s)
-        waiting = _WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh), message.ack)
+        waiting = WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh), message.ack)
         self._commits.append(waiting)
         if message.ack is Ack.REPLICATED:
             self._copy_out(message.namespace, fresh, until_s, waiting)
@@ -227,7 +189,7 @@ class Desk:
         for entry in fresh:
             self._tiering.make_durable(entry, waiting.settled)
 
-    def _copy_out(self, namespace: bytes, fresh: list[Entry], until_s: float, waiting: _WaitingCommit) -> None:
+    def _copy_out(self, namespace: bytes, fresh: list[Entry], until_s: float, waiting: WaitingCommit) -> None:
         """By every replica; without one there is no copy."""
         waiting.left = len(self._replicas)
         waiting.kept = waiting.left > 0
@@ -246,7 +208,7 @@ class Desk:
         run = self._index.run(self._keys(message.namespace, message.keys))
         tiers = [entry.tiers for entry in run]
         below = [entry for entry in run[: self._leases.fits(run)] if Tier.DRAM not in entry.tiers]
-        waiting = _WaitingPin(identity, message, run, tiers, now_s + wait_s, len(below))
+        waiting = WaitingPin(identity, message, run, tiers, now_s + wait_s, len(below))
         if not below or not wait_s:
             self._pinned(waiting, now_s)
             return
@@ -279,7 +241,7 @@ class Desk:
         ends_s = [pin.until_s for pin in self._pins] + [commit.until_s for commit in self._commits]
         return min(ends_s, default=now_s + 3600.0) - now_s
 
-    def _pinned(self, waiting: _WaitingPin, now_s: float) -> None:
+    def _pinned(self, waiting: WaitingPin, now_s: float) -> None:
         message, run = waiting.question, waiting.run
         fits = self._leases.fits(run)
         here: list[Entry] = []
