@@ -57,6 +57,7 @@ class PoolNode:
         self._incarnation = make_incarnation(os.urandom(8))
         self._wake = Wake()
         self._stop = threading.Event()
+        self._ended = False
         self._memory = ArenaMemory.create(settings.capacity, settings.huge)
         self._index = PoolIndex(
             Arena(self._memory.capacity_bytes),
@@ -176,7 +177,8 @@ class PoolNode:
     def stop(self) -> None:
         """From any thread, or a signal handler: drain, then end."""
         self._stop.set()
-        self._wake.set()
+        if not self._ended:
+            self._wake.set()
 
     def _loop(self) -> None:
         poller = select.poll()
@@ -352,6 +354,7 @@ class PoolNode:
         self._publisher.close()
         self._router.close()
         self._context.term()
+        self._ended = True
         self._wake.close()
         self._memory.close_fd()
 

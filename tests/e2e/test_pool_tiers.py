@@ -33,6 +33,7 @@ class World:
     a: Engine
     b: Engine
     nodes: int = 0
+    salts: int = 0
 
     def start_controller(self) -> None:
         self.controller_proc = start_controller(self.run, self.controller)
@@ -83,12 +84,14 @@ async def prompt_of(client: Client, engine: Engine, title: str, tokens: int = 70
 async def attached(world: World, client: Client, node: Node) -> None:
     """Both engines use this node (and no other): what each stores of a prompt of its own arrives there."""
     for engine in (world.a, world.b):
-        numbers = iter(range(1000))
 
-        async def arrives(engine: Engine = engine, numbers: Iterator[int] = numbers) -> bool:
+        async def arrives(engine: Engine = engine) -> bool:
             pages = node.stats()["pages"]
-            prompt = [next(numbers) + 10, *range(100, 228)]
-            await client.complete(engine.url, prompt, max_tokens=1, cache_salt=f"{node.address} {engine.url}")
+            world.salts += 1
+            reply = await client.complete(
+                engine.url, list(range(100, 230)), max_tokens=1, cache_salt=f"salt{world.salts}"
+            )
+            assert reply.status == 200, reply.body
             return bool(node.stats()["pages"] > pages)
 
         await eventually(arrives, f"{engine.proc.name} to use {node.address}")

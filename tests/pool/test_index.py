@@ -284,7 +284,7 @@ def test_a_page_below_is_promoted_with_a_new_generation() -> None:
     first = store(index, K[0])
     (entry,) = index.run(K[:1])
     index.stored(entry, Tier.DISK)
-    index._room._evict(entry)
+    index._room.evict(entry)
     assert index.find(K[0]) is entry and entry.tiers == Tier.DISK
     assert index.start_promotion(entry)
     index.hold(entry)

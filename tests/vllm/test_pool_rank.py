@@ -1,0 +1,214 @@
+"""Stores and loads of a worker's loop, on a real node: mapped, and over data planes; and each thing that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from lmkv import poolwire as pw
+from lmkv.hashing import page_key
+from lmkv.pool.access import Reach
+from lmkv.pool.node import PoolNode
+from lmkv.vllm.specs import LoadSpec
+
+from .pool_bed import CHUNK, HEADS, NAMESPACE, PAGE_BYTES, REQUEST, RankBed, running_node
+
+IDS = [5, 2, 9, 1, 7, 3, 11, 4]
+OTHER_IDS = [20, 21, 13, 14, 15, 16, 17, 18]
+KEYS = 4
+"""Chunks of eight blocks of 32 tokens."""
+
+
+@pytest.fixture(params=["map", "tcp", "nixl"])
+def plane(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def node(plane: str, tmp_path: Path) -> Iterator[PoolNode]:
+    if plane == "nixl":
+        pytest.importorskip("nixl")
+    more = {} if plane == "map" else {"share": "none", "transport": f"{plane}://"}
+    with running_node(tmp_path, **more) as node:
+        yield node
+
+
+@pytest.fixture
+def bed(plane: str, node: PoolNode) -> Iterator[RankBed]:
+    with RankBed(node, transport="" if plane == "map" else f"{plane}://") as bed:
+        assert bed.access.reach is (Reach.LOCAL if plane == "map" else Reach.REMOTE)
+        yield bed
+
+
+@pytest.fixture
+def mapped(tmp_path: Path) -> Iterator[RankBed]:
+    with running_node(tmp_path) as node, RankBed(node) as bed:
+        yield bed
+
+
+def test_what_is_stored_is_loaded(bed: RankBed) -> None:
+    keys = bed.keys(1, KEYS)
+    bed.store(keys, IDS)
+    assert bed.packed == [REQUEST]
+    assert not torch.equal(bed.rows(IDS), bed.rows(OTHER_IDS))
+    report = bed.load(keys, OTHER_IDS)
+    assert (report.good, report.reason) == (KEYS * CHUNK, "")
+    assert torch.equal(bed.rows(IDS), bed.rows(OTHER_IDS))
+    assert bed.counters()["stored"] == KEYS
+
+
+def test_more_pages_than_staging_holds(bed: RankBed) -> None:
+    """Twenty pages of the same blocks, in order: the slots of staging are used again and again."""
+    keys = bed.keys(2, 20)
+    ids = (IDS + OTHER_IDS) * 2 + IDS
+    bed.store(keys, ids)
+    before = bed.rows(ids).clone()
+    pinned = bed.pin(keys)
+    assert len(pinned.pages) == 20
+    bed.begin_load(bed.pages(keys, pinned), ids, (0, 20 * CHUNK))
+    assert bed.report().good == 20 * CHUNK
+    assert torch.equal(bed.rows(ids), before)
+
+
+def test_cached_tokens_are_not_written(bed: RankBed) -> None:
+    """The first block and a half chunk are here already (32 + 64 tokens): no block of theirs is touched."""
+    keys = bed.keys(3, KEYS)
+    bed.store(keys, IDS)
+    pinned = bed.pin(keys)
+    pages = bed.pages(keys, pinned)[1:]
+    untouched = bed.rows(range(24)).clone()
+    ids = [0, *OTHER_IDS[3:]]  # of chunk 1 the first block is cached
+    spec_blocks = bed.blocks_for(ids, 2)
+
+    bed.pool.load(
+        [LoadSpec(REQUEST, NAMESPACE, (96, KEYS * CHUNK), spec_blocks, pages, time.monotonic() + 10)], time.monotonic()
+    )
+    assert bed.report().good == KEYS * CHUNK
+    assert torch.equal(bed.rows(OTHER_IDS[3:]), bed.rows(IDS[3:]))
+    kept = [i for i in range(24) if i not in OTHER_IDS[3:]]
+    assert torch.equal(
+        bed.rows(kept), untouched.reshape(untouched.shape[0], HEADS, 24, 32, -1)[:, :, kept].flatten(2, 3)
+    )
+
+
+def test_ranks_store_their_heads_and_others_load_all(tmp_path: Path) -> None:
+    """Two ranks of one engine store; the page is there when both have; a rank with all heads loads it, checked."""
+    with (
+        running_node(tmp_path) as node,
+        RankBed(node, heads=(0, 1), incarnation="00000000000000aa", seed=3) as first,
+        RankBed(node, heads=(1, 2), incarnation="00000000000000aa", seed=4) as second,
+        RankBed(node, block_tokens=64, blocks=12) as whole,
+    ):
+        keys = first.keys(1, KEYS)
+        first.store(keys, IDS)
+        assert not whole.pin(keys).pages, "half a page is visible"
+        second.store(keys, IDS)
+        report = whole.load(keys, [1, 2, 3, 4])
+        assert report.good == KEYS * CHUNK
+        rows = whole.rows([1, 2, 3, 4])
+        assert torch.equal(rows[:, :1], first.rows(IDS)) and torch.equal(rows[:, 1:], second.rows(IDS))
+
+
+def test_a_lease_that_is_over_is_a_miss(bed: RankBed) -> None:
+    keys = bed.keys(4, KEYS)
+    bed.store(keys, IDS)
+    pages = bed.pages(keys, bed.pin(keys), lease_s=-0.001)
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK))
+    report = bed.report()
+    assert (report.good, report.reason, report.corrupt) == (0, "lease_expired", ())
+    assert bed.counters()["load:lease_expired"] == 1
+
+
+def test_an_overwritten_slot_is_a_miss(bed: RankBed) -> None:
+    """The page was dropped and its slot has another page by now: the checksums tell."""
+    keys, others = bed.keys(5, KEYS), bed.keys(6, KEYS)
+    bed.store(keys, IDS)
+    pinned = bed.pin(keys)
+    pages = bed.pages(keys, pinned)
+    bed.access.link.tell(pw.Unpin(pinned.lease))
+    joined = b"".join(page_key(key, 0) for key in keys)
+    assert bed.ask(lambda t: pw.Drop(t, NAMESPACE, joined), pw.Dropped).pages == KEYS
+    bed.store(others, OTHER_IDS)
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK))
+    report = bed.report()
+    assert (report.good, report.reason) == (0, "corrupt")
+    assert len(report.corrupt) >= 1
+
+
+@pytest.mark.parametrize("bad", [0, 2])
+def test_a_flipped_bit_ends_the_load_there(mapped: RankBed, bad: int) -> None:
+    keys = mapped.keys(7, KEYS)
+    mapped.store(keys, IDS)
+    pinned = mapped.pin(keys)
+    page = mapped.access.view(pinned.pages[bad].offset, PAGE_BYTES)
+    page[PAGE_BYTES // 2] ^= 4
+    mapped.begin_load(mapped.pages(keys, pinned), OTHER_IDS, (0, KEYS * CHUNK))
+    report = mapped.report()
+    assert (report.good, report.reason) == (bad * CHUNK, "corrupt")
+    assert torch.equal(mapped.rows(OTHER_IDS[: 2 * bad]), mapped.rows(IDS[: 2 * bad]))
+    assert [source.chunk for source in report.corrupt] == [bad]
+
+
+def test_without_a_node_nothing_is_held_up(mapped: RankBed) -> None:
+    mapped.access._lose("for a test")
+    mapped.submit(mapped.keys(8, KEYS), IDS)
+    assert mapped.pool.take_packed() == [REQUEST]
+    assert mapped.pool.idle
+    assert mapped.counters()["store:no_node"] == KEYS
+
+
+def test_blocks_that_are_wanted_are_not_read_any_more(mapped: RankBed) -> None:
+    """Preempted between the question and the answer: nothing is stored, nothing stays reserved."""
+    mapped.submit(mapped.keys(9, KEYS), IDS)
+    mapped.pool.drop((REQUEST,))
+    mapped.until(lambda: mapped.packed == [REQUEST] and mapped.pool.idle)
+    assert mapped.counters()["store:preempted"] == KEYS
+    mapped.until(lambda: not mapped.pin(mapped.keys(9, KEYS)).pages and stats(mapped)["reserved"] == 0)
+    assert stats(mapped)["quarantined_bytes"] == 0
+
+
+def stats(bed: RankBed) -> dict[str, int]:
+
+    told: dict[str, int] = json.loads(bed.ask(pw.Stats, pw.StatsAre).stats)
+    return told
+
+
+def test_a_cancelled_load_is_reported_once(bed: RankBed) -> None:
+    keys = bed.keys(10, KEYS)
+    bed.store(keys, IDS)
+    bed.begin_load(bed.pages(keys, bed.pin(keys)), OTHER_IDS, (0, KEYS * CHUNK))
+    bed.pool.cancel(REQUEST)
+    report = bed.report()
+    assert report.reason in ("", "cancelled")
+    bed.until(lambda: not bed.pool.waiting)
+    assert bed.pool.take_reports() == []
+
+
+def test_a_load_from_a_node_that_is_gone(tmp_path: Path) -> None:
+    with running_node(tmp_path) as node, RankBed(node) as bed:
+        keys = bed.keys(11, KEYS)
+        bed.store(keys, IDS)
+        pages = bed.pages(keys, bed.pin(keys))
+        node.stop()
+        bed.until(lambda: not bed.pool.nodes())
+        bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK))
+        report = bed.report()
+        assert (report.good, report.reason) == (0, "node_lost")
+
+
+def test_a_full_node_is_no_error(tmp_path: Path) -> None:
+    """Everything in it is pinned: what does not fit is dropped and counted."""
+    with running_node(tmp_path, capacity="1MiB", pin_share=0.9) as node, RankBed(node) as bed:
+        fits = (1 << 20) // (-(-PAGE_BYTES // 4096) * 4096)
+        first = bed.keys(12, fits)
+        bed.store(first, (IDS * 4)[: 2 * fits])
+        assert bed.pin(first).pages
+        bed.store(bed.keys(13, KEYS), IDS)
+        counted = bed.counters()
+        assert counted["store:full"] >= 1
+        assert counted["stored"] + counted["store:full"] == fits + KEYS
