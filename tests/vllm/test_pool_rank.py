@@ -203,10 +203,10 @@ def test_a_load_from_a_node_that_is_gone(tmp_path: Path) -> None:
 
 def test_a_full_node_is_no_error(tmp_path: Path) -> None:
     """Everything in it is pinned: what does not fit is dropped and counted."""
-    with running_node(tmp_path, capacity="1MiB", pin_share=0.9) as node, RankBed(node) as bed:
-        fits = (1 << 20) // (-(-PAGE_BYTES // 4096) * 4096)
+    with running_node(tmp_path, capacity="2MiB", pin_share=0.9) as node, RankBed(node) as bed:
+        fits = (2 << 20) // (-(-PAGE_BYTES // 4096) * 4096)
         first = bed.keys(12, fits)
-        bed.store(first, (IDS * 4)[: 2 * fits])
+        bed.store(first, (IDS * 8)[: 2 * fits])
         assert bed.pin(first).pages
         bed.store(bed.keys(13, KEYS), IDS)
         counted = bed.counters()
