@@ -8,19 +8,30 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pydantic_settings import BaseSettings
+
 from lmkv import errors, layout, wire
 from lmkv.config import ConnectorSettings
 from lmkv.ids import EngineName, Incarnation, Rank
+from lmkv.pool.settings import ENV_PREFIX, NodeSettings
 from lmkv.vllm.fingerprint import compare, is_direct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def settings_table() -> str:
+    return _settings(ConnectorSettings, "LMKV_")
+
+
+def pool_table() -> str:
+    return _settings(NodeSettings, ENV_PREFIX)
+
+
+def _settings(settings: type[BaseSettings], prefix: str) -> str:
     lines = ["| setting | variable | default | meaning |", "|---|---|---|---|"]
-    for name, field in ConnectorSettings.model_fields.items():
+    for name, field in settings.model_fields.items():
         default = field.default if field.default not in ("", ()) else "–"
-        lines.append(f"| `{name}` | `LMKV_{name.upper()}` | {default} | {field.description} |")
+        lines.append(f"| `{name}` | `{prefix}{name.upper()}` | {default} | {field.description} |")
     return "\n".join(lines)
 
 
@@ -34,13 +45,15 @@ def errors_table() -> str:
 
 
 def _family(error: type[errors.LmkvError]) -> set[type[errors.LmkvError]]:
-    """The class and all its subclasses, of the modules that define errors of their own too."""
+    """The class and all its public subclasses, of the modules that define errors of their own too."""
     import lmkv.control.admin
     import lmkv.control.client
     import lmkv.control.etcd
+    import lmkv.pool.tiers.disk
     import lmkv.router.replies  # noqa: F401
 
-    return {error}.union(*(_family(child) for child in error.__subclasses__()))
+    children = [child for child in error.__subclasses__() if not child.__name__.startswith("_")]
+    return {error}.union(*(_family(child) for child in children))
 
 
 def _meanings() -> dict[str, str]:
@@ -138,6 +151,7 @@ def conversions_table() -> str:
 
 TABLES = {
     "connector.md": ("settings", settings_table),
+    "pool.md": ("pool", pool_table),
     "errors.md": ("errors", errors_table),
     "conversions.md": ("conversions", conversions_table),
 }
