@@ -45,6 +45,8 @@ class _Transfer:
     requests: set[RequestId] = field(default_factory=set)
     block_ids: tuple[int, ...] = ()
     reports: int = 0
+    exact: bool = True
+    """What comes is what this engine would compute."""
     failed: bool = False
     """It has brought nothing, and that has not been asked for yet (`take_failure`)."""
     undrained: int = 0
@@ -132,6 +134,10 @@ class DecodeSide:
         self._miss(transfer, "refused" if reason else "not_paired", reason)
         return 0, False
 
+    def is_exact(self, request: Any) -> bool:
+        """No: its KV has been converted from another dtype."""
+        return self._by_request[request.request_id].exact
+
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         """Blocks are allocated: grant them, or tell prefill that nothing is needed."""
         transfer = self._by_request[request.request_id]
@@ -166,6 +172,7 @@ class DecodeSide:
         grant = wire.Grant(self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing)
         for worker in card.workers if card is not None else ():
             self._outbox.send(worker.address, grant)
+        transfer.exact = card is None or self._endpoint.is_exact(card)
         transfer.state, transfer.loader = _State.LOADING, request.request_id
         transfer.block_ids = tuple(i for r in ranges for i in r.ids if i)
         self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, ranges, tokens, theirs))

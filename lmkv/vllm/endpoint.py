@@ -19,7 +19,7 @@ from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, T
 from lmkv.control.wake import Wake
 from lmkv.obs.ledger import LedgerBook
 
-from .fingerprint import compare, is_direct
+from .fingerprint import compare, is_direct, is_exact
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +89,11 @@ class EngineEndpoint:
         """KV of that engine is copied verbatim into our blocks."""
         assert self._pairing is not None
         return is_direct(self._pairing.card, card)
+
+    def is_exact(self, card: wire.EngineCard) -> bool:
+        """KV of that engine is what ours would compute."""
+        assert self._pairing is not None
+        return is_exact(self._pairing.card, card)
 
     def tell(self, address: str, message: wire.Control) -> None:
         """Send a message that is in no hurry."""

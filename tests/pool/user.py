@@ -45,6 +45,8 @@ class PoolUser:
 
     def __init__(self, address: str, page_bytes: int, seed: int = 0, deadline_s: float = 10.0) -> None:
         self.page_bytes = page_bytes
+        self.wait_s = 10.0
+        """Of commits that want more than VOLATILE."""
         self.incarnation: Incarnation = make_incarnation(hashlib.blake2b(b"user-%d" % seed, digest_size=8).digest())
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._access = NodeAccess(self._context, address, Me(self.incarnation, Rank(0), f"user-{seed}"))
@@ -102,7 +104,16 @@ class PoolUser:
         joined, generations = b"".join(keys), tuple(slot.generation for slot in slots)
         answer = self.ask(
             lambda t: pw.Commit(
-                t, self.incarnation, Rank(0), NAMESPACE, joined, generations, 0, tuple((s,) for s in sums), ack, 10.0
+                t,
+                self.incarnation,
+                Rank(0),
+                NAMESPACE,
+                joined,
+                generations,
+                0,
+                tuple((s,) for s in sums),
+                ack,
+                self.wait_s,
             ),
             pw.Committed,
         )

@@ -60,3 +60,5 @@ class Sources:
             self._pool.not_loaded(request)
         if handed_over:
             self._decode.allocated(request, blocks, external_tokens)
+            if self._pool is not None and not self._decode.is_exact(request):
+                self._pool.inexact(request.request_id)
