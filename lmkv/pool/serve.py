@@ -17,13 +17,14 @@ from .tiering import TierSettings
 def serve(settings: NodeSettings, environ: Mapping[str, str], announce: Callable[[NodeCard], None]) -> None:
     """Until told to stop. Raises ConfigError, TierError."""
     faults.arm(environ.get(faults.VARIABLE, ""))
-    node = PoolNode(settings, lambda evicted: _open_tiers(settings, evicted))
+    node = PoolNode(settings, lambda evicted: open_tiers(settings, evicted))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: node.stop())
     node.run(lambda: announce(node.card))
 
 
-def _open_tiers(settings: NodeSettings, evicted: Callable[[Tier, list[bytes]], None]) -> list[TierSettings]:
+def open_tiers(settings: NodeSettings, evicted: Callable[[Tier, list[bytes]], None]) -> list[TierSettings]:
+    """Those of the settings, disk first. `evicted`: see `StoreTier`. Raises ConfigError, TierError."""
     found: list[TierSettings] = []
     if not settings.disk and not settings.object:
         return found

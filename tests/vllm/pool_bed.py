@@ -46,14 +46,15 @@ class FullAttentionSpec:
 
 
 @contextlib.contextmanager
-def running_node(tmp_path: Path, **more: object) -> Iterator[PoolNode]:
-    """In a thread; its transport belongs to it."""
+def running_node(tmp_path: Path, tiers: Any = None, **more: object) -> Iterator[PoolNode]:
+    """In a thread; its transport belongs to it. `tiers`: lmkv.pool.serve.open_tiers."""
     given = {"listen": "tcp://127.0.0.1:0", "capacity": "16MiB", "transport": "none", "huge": False, **more}
     given.setdefault("share", str(tmp_path / f"{secrets.token_hex(4)}.sock"))
     ready: queue.Queue[PoolNode] = queue.Queue()
 
     def run() -> None:
-        node = PoolNode(node_settings(given, {}))
+        settings = node_settings(given, {})
+        node = PoolNode(settings, lambda evicted: tiers(settings, evicted) if tiers else [])
         node.run(lambda: ready.put(node))
 
     thread = threading.Thread(target=run, name="node")

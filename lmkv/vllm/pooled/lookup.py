@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import zmq
 
@@ -151,6 +152,7 @@ class Lookups:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
+        self._wake.close()
 
     # --- the thread ---
 
@@ -163,6 +165,7 @@ class Lookups:
         poller.register(self._wake.fd, zmq.POLLIN)
         try:
             while not self._stop.is_set():
+                # A bug here ends the thread: lookups are late from then on, and requests computed.
                 if directory.fds_changed:
                     directory.fds_changed = False
                     for fd in fds:
@@ -181,7 +184,6 @@ class Lookups:
             self._give_back(directory)
             directory.close()
             context.term()
-            self._wake.close()
 
     def _work(self, directory: Directory) -> None:
         while self._names:
@@ -302,7 +304,7 @@ class Lookups:
         lookup.extended, lookup.answers = True, []
         lookup.open = len(holders)
         cuts = [at + longest * i // len(holders) for i in range(len(holders) + 1)]
-        for node, lo, hi in zip(holders, cuts, cuts[1:], strict=True):
+        for node, (lo, hi) in zip(holders, pairwise(cuts), strict=True):
             access = directory.find(node)
             assert access is not None
             self._pin(directory, lookup, access, lo, hi)
