@@ -135,8 +135,8 @@ class PoolBeat(_Message, frozen=True):
 
 class Reserve(_Message, frozen=True):
     """Slots for pages of `page_bytes`, to be written in `shards` shares; the sender writes share `shard`. All ranks of
-    one writer (incarnation) get the same slots, each once: who asks again for what it has is told BUSY. Nothing is visible
-    before every share is committed."""
+    one writer (incarnation) get the same slots, each once: who asks again for what it has is told BUSY. Nothing is
+    visible before every share is committed."""
 
     token: int
     incarnation: Incarnation
@@ -237,8 +237,8 @@ class Pinned(_Message, frozen=True):
 
 
 class Unpin(_Message, frozen=True):
-    """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node throws these pages away,
-    in all tiers, provided that the lease was not over."""
+    """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node throws these pages
+    away, in all tiers, provided that the lease was not over."""
 
     lease: int
     namespace: bytes = b""
