@@ -70,9 +70,9 @@ class Clients:
         return self._clients.get((incarnation, rank))
 
     def names(self) -> dict[str, str]:
-        """How each client reaches the arena, by its name and rank."""
+        """How each client reaches the arena, by its name, incarnation and rank."""
         return {
-            f"{client.name}/{client.writer[1]}": "maps it"
+            f"{client.name}/{client.writer[0]}/{client.writer[1]}": "maps it"
             if client.shares
             else "data plane"
             if client.transport_id

@@ -5,6 +5,7 @@ Engines write and read the arena themselves, by mapping it or over the data plan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from lmkv import poolwire as pw
 from lmkv.control.etcd import EtcdMembership
 from lmkv.control.mailbox import split_address
 from lmkv.control.wake import Wake
-from lmkv.errors import ConfigError, TransportError, WireError
+from lmkv.errors import ConfigError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
 from lmkv.transport import Completion, PeerLost, Region, Transport, open_transport
 
@@ -44,6 +45,9 @@ BUSY_S = 0.001
 MOST_LETTERS = 512
 MOST_MESSAGE_BYTES = 16 << 20
 
+OpenTiers = Callable[[Callable[[pw.Tier, list[bytes]], None]], list[TierSettings]]
+"""Gets what a tier calls when it gives pages up."""
+
 
 class PoolNode:
     """Everything is bound at construction (raises ConfigError, TierError); `run`, on the same thread, until `stop`."""
@@ -51,33 +55,45 @@ class PoolNode:
     def __init__(
         self,
         settings: NodeSettings,
-        tiers: Callable[[Callable[[pw.Tier, list[bytes]], None]], list[TierSettings]] = lambda evicted: [],
+        tiers: OpenTiers = lambda evicted: [],
     ) -> None:
         self._settings = settings
         self._incarnation = make_incarnation(os.urandom(8))
-        self._wake = Wake()
         self._stop = threading.Event()
         self._ended = False
+        self._wake = Wake()
+        self._ending = contextlib.ExitStack()
+        """Closes what has been opened, the last first."""
+        self._ending.callback(self._wake.close)
+        try:
+            self._build(settings, tiers)
+        except BaseException:
+            self._ending.close()
+            raise
+        self._beat_s = 0.0
+        self._tick_s = 0.0
+
+    def _build(self, settings: NodeSettings, tiers: OpenTiers) -> None:
         self._memory = ArenaMemory.create(settings.capacity, settings.huge)
+        self._ending.callback(self._memory.close_fd)
+        capacity_bytes = self._memory.capacity_bytes
         self._index = PoolIndex(
-            Arena(self._memory.capacity_bytes),
-            lambda: make_policy(settings.policy),
-            settings.write_lease_s,
-            first_generation=_fresh(),
+            Arena(capacity_bytes), lambda: make_policy(settings.policy), settings.write_lease_s, _fresh()
         )
+        counters = self._index.counters
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._ending.callback(self._context.destroy, linger=200)
         self._router, host = self._bind()
         self._publisher = Publisher(self._context, host, settings.advertise, self._index)
         self._publisher.beat_to(settings.controller)
-        self._transport = self._open_data_plane()
         self._listener, share = self._open_share()
         self._sharers: dict[int, tuple[socket.socket, Writer | None]] = {}
+        self._transport = self._open_data_plane()
         self._clients = Clients(self._transport, max(10 * settings.beat_s, 5.0), self._client_dead)
-        self._tiering: Tiering | None = None
-        self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), self._index.counters, self._wake.set)
-        self._leases = Leases(
-            self._index, self._index.counters, int(self._memory.capacity_bytes * settings.pin_share), _fresh()
-        )
+        self._tiering: Tiering | None = None  # a tier may evict while it opens
+        self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), counters, self._wake.set)
+        self._ending.callback(self._tiering.close)
+        self._leases = Leases(self._index, counters, int(capacity_bytes * settings.pin_share), _fresh())
         self._copying = Copying(
             self._context,
             self._incarnation,
@@ -87,22 +103,12 @@ class PoolNode:
             self._transport,
             self._clients.scratch,
             self._tiering.visible,
-            self._index.counters,
+            counters,
         )
+        self._ending.callback(self._copying.close)
         self._replicas = Replicas(self._context, settings.replicas)
-        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
-        self.card = pw.NodeCard(
-            settings.name or f"pool-{socket.gethostname()}-{port}",
-            self._incarnation,
-            control_url(settings.advertise or host, port),
-            self._publisher.address,
-            settings.transport.split(":")[0] if self._transport else "",
-            self._transport.export() if self._transport else b"",
-            self._memory.address,
-            self._memory.capacity_bytes,
-            share,
-            host_id(),
-        )
+        self._ending.callback(self._replicas.close)
+        self.card = self._card(host, share)
         self._desk = Desk(
             self.card,
             self._index,
@@ -117,9 +123,24 @@ class PoolNode:
             self._replicas,
         )
         self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
-        self._beat_s = 0.0
-        self._tick_s = 0.0
-        self.unreadable = 0
+        if self._etcd is not None:
+            self._ending.callback(self._etcd.withdraw)
+
+    def _card(self, host: str, share: str) -> pw.NodeCard:
+        settings = self._settings
+        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        return pw.NodeCard(
+            settings.name or f"pool-{socket.gethostname()}-{port}",
+            self._incarnation,
+            control_url(settings.advertise or host, port),
+            self._publisher.address,
+            settings.transport.split(":")[0] if self._transport else "",
+            self._transport.export() if self._transport else b"",
+            self._memory.address,
+            self._memory.capacity_bytes,
+            share,
+            host_id(),
+        )
 
     # --- opening ---
 
@@ -145,6 +166,7 @@ class PoolNode:
         if self._settings.transport == "none":
             return None
         transport = open_transport(self._settings.transport, f"lmkv-pool-{self._incarnation}")
+        self._ending.callback(transport.abort)
         data = self._memory.data
         transport.register(Region(self._memory.address, self._memory.capacity_bytes, owner=data))
         return transport
@@ -153,7 +175,10 @@ class PoolNode:
         if self._settings.share == "none":
             return None, ""
         path = self._settings.share or default_share(self._incarnation)
-        return listen_for_sharers(path), path
+        listener = listen_for_sharers(path)
+        self._ending.callback(Path(path).unlink, missing_ok=True)
+        self._ending.callback(listener.close)
+        return listener, path
 
     # --- life ---
 
@@ -262,7 +287,7 @@ class PoolNode:
                 token = getattr(message, "token", 0)
                 self._desk.take(frames[0], message, now_s)
             except WireError as error:
-                self.unreadable += 1
+                self._index.counters["unreadable"] += 1
                 logger.warning("a message is not taken: %s", error)
                 if token:
                     self._send(frames[0], pw.Unreadable(token, error.message))
@@ -335,28 +360,10 @@ class PoolNode:
     def _end(self) -> None:
         self._publisher.flush(self._incarnation)
         self._publisher.beat(self._beat(leaving=True))
-        if self._tiering is not None:
-            self._tiering.close()
-        if self._transport is not None:
-            try:
-                self._transport.close()
-            except TransportError:
-                self._transport.abort()
-        if self._listener is not None:
-            self._listener.close()
-            Path(self.card.share).unlink(missing_ok=True)
         for connection, _ in self._sharers.values():
             connection.close()
-        self._copying.close()
-        self._replicas.close()
-        if self._etcd is not None:
-            self._etcd.withdraw()
-        self._publisher.close()
-        self._router.close()
-        self._context.term()
         self._ended = True
-        self._wake.close()
-        self._memory.close_fd()
+        self._ending.close()
 
 
 def _fresh() -> int:

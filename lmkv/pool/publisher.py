@@ -124,8 +124,3 @@ class Publisher:
 
     def _send(self, message: pw.Events) -> None:
         self._socket.send(pw.encode(message))  # PUB never blocks: a slow subscriber sees a gap and asks for a snapshot
-
-    def close(self) -> None:
-        self._socket.close()
-        for socket in self._controllers:
-            socket.close()
