@@ -8,6 +8,7 @@ from .controller import controller
 from .doctor import doctor
 from .pool import pool
 from .router import router
+from .up import up
 from .version import version
 
 main = typer.Typer(
@@ -17,6 +18,7 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+main.command()(up)
 main.command()(router)
 main.command()(pool)
 main.command()(controller)
