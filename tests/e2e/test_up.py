@@ -80,7 +80,7 @@ def pages(address: str) -> int:
 async def test_it_serves_shares_and_leaves_nothing(up: tuple[Proc, str]) -> None:
     proc, mark = up
     told = await ready(proc)
-    prefill, decode = told["engines"]
+    prefill, _ = told["engines"]
     (node,) = told["pool"]
     before = pages(node)
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
@@ -96,7 +96,7 @@ async def test_it_serves_shares_and_leaves_nothing(up: tuple[Proc, str]) -> None
         return pages(node) >= wanted
 
     await eventually(stored, f"{wanted} pages in the pool")
-    assert (await counters(prefill["control"])).get("pool:lookup:hit", 0) == 0
+    assert (await counters(prefill["control"])).get("pool:lookup:hit", 0) == 0  # its own cache had the second
     with Admin(told["controller"][0]) as admin:
         assert [member.card.address for member in admin.members().nodes] == [node]
 
