@@ -17,7 +17,7 @@ models: setup ## the models of the demo and the tests
 ucx: setup ## a second environment for the tests of ucx://, which cannot share one with NIXL
 	@scripts/setup_ucx.sh || echo 'tests of ucx:// are skipped'
 
-demo: ## two engines and the router answer one prompt; the ledger tells how
+demo: ## a handover between two engines, then a third that loads the KV from the pool
 	@scripts/demo.sh $(ARGS)
 
 test: models ucx ## all tests; those marked e2e start engines

@@ -3,6 +3,7 @@
 
 The prompt is long because on some machines a process whose first bf16 forward on the CPU is short dies with SIGILL, and
 a decode engine's first forward has just that shape. It also takes compiling and allocating out of the first request.
+It is drawn at random: an engine that finds it in the pool, from another's warm-up, would compute only its end.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import sys
 import time
 import urllib.error
@@ -78,7 +80,7 @@ def alive(pid: int) -> bool:
 def warm_up(url: str, deadline_s: float) -> None:
     model = ask(url + "/v1/models", None, deadline_s)["data"][0]
     tokens = min(PROMPT_TOKENS, int(model.get("max_model_len") or PROMPT_TOKENS * 2) - ANSWER_TOKENS)
-    prompt = [100 + i % 200 for i in range(tokens)]
+    prompt = random.choices(range(100, 300), k=tokens)
     body = {"model": model["id"], "prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
     ask(url + "/v1/completions", body, deadline_s)
 

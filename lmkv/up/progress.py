@@ -1,4 +1,4 @@
-"""Progress lines for the scripts: what is being done, and for how long already.
+"""Progress lines: what is being done, and for how long already.
 
 On a terminal the running step is one line that is rewritten every second; elsewhere (logs, CI) a step prints its start,
 a line every `QUIET_S` seconds and its end, so that a log never looks hung.
@@ -23,25 +23,37 @@ class Step:
     """The running step; `note` may be changed at any time and is shown beside the title."""
 
     title: str
+    out: TextIO
     started_s: float = field(default_factory=time.monotonic)
     note: str = ""
     done: str = ""
     """Said on the last line, if set."""
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self.started_s
 
+    def say(self, text: str) -> None:
+        """A line of its own, while the step goes on."""
+        self.show(f"{_clear(self.out.isatty())}{text}\n")
+
+    def show(self, text: str) -> None:
+        """As it is. The ticker does it from a thread of its own."""
+        with self._lock:
+            self.out.write(text)
+            self.out.flush()
+
 
 @contextmanager
-def step(title: str, out: TextIO = sys.stderr) -> Iterator[Step]:
-    """Shows `title` with the elapsed time until the block ends. The ticker thread ends with the block."""
-    current = Step(title)
+def step(title: str, out: TextIO | None = None) -> Iterator[Step]:
+    """Shows `title` with the elapsed time until the block ends, on stderr. The ticker thread ends with the block."""
+    current = Step(title, out or sys.stderr)
     stop = threading.Event()
-    live = out.isatty()
+    live = current.out.isatty()
     if not live:
-        _line(out, f"  … {title}")
-    ticker = threading.Thread(target=_tick, args=(current, stop, out, live), name="lmkv-progress", daemon=True)
+        current.say(f"  … {title}")
+    ticker = threading.Thread(target=_tick, args=(current, stop, live), name="lmkv-progress", daemon=True)
     ticker.start()
     mark = "✗"
     try:
@@ -51,26 +63,20 @@ def step(title: str, out: TextIO = sys.stderr) -> Iterator[Step]:
         stop.set()
         ticker.join()
         said = f" — {current.done}" if current.done else ""
-        _line(out, f"{_clear(live)}  {mark} {title} ({current.elapsed_s:.1f} s){said}")
+        current.say(f"  {mark} {title} ({current.elapsed_s:.1f} s){said}")
 
 
-def _tick(current: Step, stop: threading.Event, out: TextIO, live: bool) -> None:
+def _tick(current: Step, stop: threading.Event, live: bool) -> None:
     turn = 0
     while not stop.wait(0.25 if live else QUIET_S):
         note = f" — {current.note}" if current.note else ""
         if live:
             wheel = _SPINNER[turn % len(_SPINNER)]
-            out.write(f"{_clear(live)}  {wheel} {current.title} {current.elapsed_s:.0f} s{note}"[:200])
-            out.flush()
+            current.show(f"{_clear(live)}  {wheel} {current.title} {current.elapsed_s:.0f} s{note}"[:200])
         else:
-            _line(out, f"  … {current.title} {current.elapsed_s:.0f} s{note}")
+            current.say(f"  … {current.title} {current.elapsed_s:.0f} s{note}")
         turn += 1
 
 
 def _clear(live: bool) -> str:
     return "\r\x1b[2K" if live else ""
-
-
-def _line(out: TextIO, text: str) -> None:
-    out.write(text + "\n")
-    out.flush()
