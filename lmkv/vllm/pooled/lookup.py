@@ -121,6 +121,10 @@ class Lookups:
         """There is a node that all ranks can load from."""
         return bool(self._usable)
 
+    def is_mapped(self, lookup: Lookup) -> bool:
+        """All its pages lie in memory that all ranks map."""
+        return all(self._usable.get(page.node, False) for page in lookup.pages)
+
     def seek(self, namespace: bytes, keys: list[bytes], first: int = 0, wait_s: float = 0.0) -> Lookup:
         """`wait_s`: let pages of lower tiers come up for so long; otherwise an answer comes within `lookup_ms`."""
         now_s = time.monotonic()

@@ -22,6 +22,7 @@ from lmkv.obs.ledger import LedgerBook
 from ..metadata import StepMeta
 from ..specs import BlockRange, LoadReport, LoadSpec, StoreSpec
 from .adapters import Adapters
+from .cost import Costs
 from .lookup import Lease, Lookup, Lookups
 from .naming import exclusion, request_extras
 
@@ -47,6 +48,7 @@ class _Pooled:
     preemptions: int = 0
     loading: LoadSpec | None = None
     leases: list[Lease] = field(default_factory=list)
+    mapped: bool = True
     reports: list[LoadReport] = field(default_factory=list)
     known: int = 0
     """Chunks that are in the pool already, or have been given to the workers."""
@@ -77,6 +79,7 @@ class PoolSide:
         self._incarnation = Incarnation("")
         self._lookups = Lookups(settings, len(block_tokens), settings.name or "engine")
         self._adapters = Adapters()
+        self._costs = Costs()
         self._requests: dict[RequestId, _Pooled] = {}
         self._ended: list[RequestId] = []
         self._loads: list[LoadSpec] = []
@@ -178,6 +181,12 @@ class PoolSide:
             pooled.known = max(pooled.known, lookup.chunks)
             self._let_go(pooled)
             return 0
+        mapped = self._lookups.is_mapped(lookup)
+        if not self._costs.worth(tokens - computed_tokens, mapped):
+            self._costs.forgive(mapped)
+            self._count("lookup:too_slow")
+            self._let_go(pooled)
+            return 0
         if min(page.until_s for page in lookup.pages) < time.monotonic() + LEAST_LEASE_S:
             return self._renew(pooled)
         return tokens
@@ -231,6 +240,7 @@ class PoolSide:
         until_s = min(time.monotonic() + self._settings.load_s, *(page.until_s for page in pages))
         spec = LoadSpec(request.request_id, lookup.namespace, tokens, tuple(ranges), pages, until_s)
         self._loads.append(spec)
+        pooled.mapped = self._lookups.is_mapped(lookup)
         pooled.loading, pooled.leases, pooled.lookup = spec, lookup.leases, None
         pooled.known = max(pooled.known, lookup.chunks)
         pooled.decided, pooled.renewed, pooled.reports = True, False, []
@@ -253,6 +263,7 @@ class PoolSide:
         meta.loads += self._loads
         meta.ended += self._ended
         self._loads, self._ended = [], []
+        self._costs.step(time.monotonic(), output.total_num_scheduled_tokens)
         if not self._requests:
             return
         for request_id in output.preempted_req_ids or ():
@@ -303,6 +314,8 @@ class PoolSide:
         good = min(report.good for report in pooled.reports)
         reason = next((report.reason for report in pooled.reports if report.reason), "")
         self._count("loaded_tokens", good - spec.tokens[0])
+        seconds = max(report.seconds for report in pooled.reports)
+        self._costs.loaded(good - spec.tokens[0], seconds, pooled.mapped)
         if reason:
             logger.warning("of %d tokens from the pool %d are used: %s", spec.tokens[1], good, reason)
             pooled.known = min(pooled.known, good // self._settings.chunk_tokens)
