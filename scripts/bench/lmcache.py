@@ -2,28 +2,21 @@
 """LMCache as a baseline: its server in MP mode, vLLM engines with its connector, an environment of its own for both.
 
 Run directly, it measures one thing: engine 1 computes a prompt, LMCache stores it, engine 2 is asked the same prompt.
-
-LMCache reports its environment and configuration to its makers when it starts. Here it is told not to, and it lives in
-a network namespace that has nothing but its loopback and one veth pair to the benchmark: no route leads further, so
-that nothing can leave the machine. The pair, and not a helper inside of the namespace, because the engines are then
-asked by the same client over the same kind of TCP connection as those of every other method. Needs root.
+Needs root, for the network namespace that both live in.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import fcntl
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,25 +30,10 @@ import aiohttp
 from bench import client, stats
 from bench.engines import Engine, EngineSpec, reap_leftovers, stop_all
 from bench.errors import BenchError, progress
+from bench.lmcache_place import ADDRESS, CACHE, NAMESPACE, QUIET, VERSION, Island, environment
 from bench.prompts import Prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-VERSION = "0.5.6"
-PINS = (f"lmcache=={VERSION}", "sortedcontainers==2.4.0", "cryptography==50.0.2", "cffi==2.1.1")
-"""Everything else that LMCache imports in MP mode on a CPU comes with vLLM."""
-NEEDED = ("lmcache.cli.main", "lmcache.v1.multiprocess.http_server", "lmcache.integration.vllm.lmcache_mp_connector")
-INSTALL_DEADLINE_S = 300.0
-
-NAMESPACE = "lmkv-lmcache"
-DEVICE, PEER_DEVICE = "lmkv-lmc1", "lmkv-lmc0"
-ADDRESS, PEER_ADDRESS = "198.18.3.2", "198.18.3.1"  # of 198.18.0.0/15, which RFC 2544 keeps for benchmarks
-
-QUIET = {
-    "LMCACHE_TRACK_USAGE": "false",
-    "DO_NOT_TRACK": "1",
-    "OTEL_SDK_DISABLED": "true",
-    "PYTHONSAFEPATH": "1",  # no module of the folder that the benchmark was started in
-}
 CHUNK_TOKENS = 128
 L1_GB = 3
 HEARTBEAT_S = 3600.0
@@ -63,111 +41,6 @@ STORE_DEADLINE_S = 20.0
 POLL_S = 0.02
 WARM_TOKENS = 300
 ANSWER_TOKENS = 8
-
-
-def environment(folder: Path = ROOT / ".cache" / "lmcache") -> Path:
-    """The python of an environment with LMCache beside the vLLM of the running one; made once, then found again.
-
-    LMCache's own requirements contradict vLLM's in five places and ask for CUDA, hence no dependencies: the running
-    environment's packages serve instead. Only the first of several processes makes it, the others wait.
-    """
-    made = folder / "venv"
-    python = made / "bin" / "python"
-    stamp, wanted = folder / "made", "\n".join([*PINS, sys.version, *_package_folders()])
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "lock"):
-        if stamp.is_file() and stamp.read_text() == wanted and python.exists():
-            return python
-        progress(f"making an environment for LMCache {VERSION} in {folder}")
-        stamp.unlink(missing_ok=True)
-        shutil.rmtree(made, ignore_errors=True)
-        _install(sys.executable, "-m", "venv", str(made))
-        links = next(made.glob("lib/python*/site-packages")) / "of-the-benchmark.pth"
-        links.write_text("\n".join(_package_folders()) + "\n")
-        _install(str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", *PINS)
-        _install(str(python), "-P", "-c", f"import vllm, {', '.join(NEEDED)}")
-        stamp.write_text(wanted)
-    return python
-
-
-def _package_folders() -> list[str]:
-    return [entry for entry in sys.path if Path(entry).name in ("site-packages", "dist-packages")]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        deadline_s = time.monotonic() + INSTALL_DEADLINE_S
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline_s:
-                    raise BenchError(f"another process has held {path} for {INSTALL_DEADLINE_S:.0f} s") from None
-                time.sleep(0.2)
-        yield
-
-
-def _install(*command: str) -> None:
-    told = {**os.environ, **QUIET}
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=told, timeout=INSTALL_DEADLINE_S, check=False
-        )
-    except subprocess.TimeoutExpired:
-        raise BenchError(f"no LMCache: `{' '.join(command)}` took over {INSTALL_DEADLINE_S:.0f} s") from None
-    if done.returncode != 0:
-        said = "\n".join(f"    {line}" for line in (done.stdout + done.stderr).splitlines()[-8:])
-        raise BenchError(f"no LMCache: `{' '.join(command)}` failed with code {done.returncode}:\n{said}")
-
-
-class Island:
-    """The namespace that LMCache lives in; `close` removes it and may be called twice."""
-
-    def __init__(self) -> None:
-        if os.geteuid() != 0:
-            raise BenchError("LMCache runs in a network namespace, which only root may make; run this as root")
-        self._refuse_if_inhabited()
-        self.close()
-        try:
-            self._create()
-        except BaseException:
-            self.close()
-            raise
-
-    @staticmethod
-    def _refuse_if_inhabited() -> None:
-        known = [line.split()[0] for line in _ip("netns", "list").splitlines() if line.strip()]
-        if NAMESPACE in known and (pids := _ip("netns", "pids", NAMESPACE).split()):
-            raise BenchError(f"processes {', '.join(pids)} run in namespace {NAMESPACE}: is another benchmark running?")
-
-    @staticmethod
-    def _create() -> None:
-        _ip("netns", "add", NAMESPACE)
-        _ip("-n", NAMESPACE, "link", "set", "lo", "up")
-        _ip("link", "add", PEER_DEVICE, "type", "veth", "peer", "name", DEVICE)
-        _ip("link", "set", DEVICE, "netns", NAMESPACE)
-        for inside, device, address in (([], PEER_DEVICE, PEER_ADDRESS), (["-n", NAMESPACE], DEVICE, ADDRESS)):
-            _ip(*inside, "link", "set", device, "addrgenmode", "none")  # no IPv6 address
-            _ip(*inside, "addr", "add", f"{address}/30", "dev", device)
-            _ip(*inside, "link", "set", device, "up")
-        ways_out = [_ip(family, "-n", NAMESPACE, "route", "show", "default") for family in ("-4", "-6")]
-        if any(ways_out):
-            raise BenchError(f"namespace {NAMESPACE} has a way out: {' '.join(ways_out)}")
-
-    @staticmethod
-    def close() -> None:
-        for command in (("netns", "delete", NAMESPACE), ("link", "delete", PEER_DEVICE)):
-            with contextlib.suppress(BenchError):  # not there, or gone with the other end
-                _ip(*command)
-
-
-def _ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise BenchError(f"`ip {' '.join(arguments)}` failed with code {done.returncode}: {done.stderr.strip()}")
-    return done.stdout
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +122,9 @@ class LmcacheServer(Engine):
 
     READY_PATH = "/healthcheck"
 
-    def __init__(self, core: int, first_port: int, python: Path, log_folder: Path, chunk_tokens: int) -> None:
+    def __init__(
+        self, core: int, first_port: int, python: Path, log_folder: Path, chunk_tokens: int = CHUNK_TOKENS
+    ) -> None:
         self._island = Island()
         try:
             self.server_spec = server_spec(core, first_port, python, chunk_tokens)
@@ -290,9 +165,9 @@ class LmcacheServer(Engine):
         _remove_segments_of_the_dead()
 
 
-def _remove_segments_of_the_dead() -> None:
+def _remove_segments_of_the_dead(folder: Path = Path("/dev/shm")) -> None:
     """An engine's KV cache is moved to shared memory, named after its process; one that was killed leaves it behind."""
-    for segment in Path("/dev/shm").glob("lmcache_kv_*_*"):
+    for segment in folder.glob("lmcache_kv_*_*"):
         owner = segment.name.split("_")[2]
         if not Path(f"/proc/{owner}").exists():
             segment.unlink(missing_ok=True)
@@ -410,7 +285,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--chunk", type=int, default=CHUNK_TOKENS, metavar="N", help="LMCache's chunk in tokens (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="write the result as JSON")
     add("--model", type=Path, default=ROOT / "models" / "SmolLM2-135M-Instruct", metavar="DIR")
-    add("--environment", type=Path, default=ROOT / ".cache" / "lmcache", metavar="DIR", help="default: %(default)s")
+    add("--environment", type=Path, default=CACHE, metavar="DIR", help="default: %(default)s")
     add("--port", type=int, default=21200, metavar="N", help="first of 4 ports (default: %(default)s)")
     add("--logs", type=Path, metavar="DIR", help="keep the logs there (default: a temporary folder)")
     return parser.parse_args(arguments)
