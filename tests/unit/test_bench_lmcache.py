@@ -204,10 +204,10 @@ def test_shared_memory_of_the_dead_is_removed(tmp_path: Path) -> None:
 def test_the_table_shows_medians() -> None:
     def sample(loaded_ms: float, same: bool) -> dict[str, Any]:
         times = {"computed_ms": 900.0, "stored_after_answer_ms": 5.0, "loaded_ms": loaded_ms, "floor_ms": 40.0}
-        return {"tokens": 1025, "cached_tokens": 1024, "same_answer": same, **times}
+        return {"tokens": 1025, "cached_tokens": 1024, "same_answer": same, "same_as_own_cache": True, **times}
 
     row = lmcache.table([sample(141, True), sample(500, False), sample(139, True)]).splitlines()[1]
-    assert row.split() == ["1025", "900", "5", "141", "40", "1024", "2", "of", "3"]
+    assert row.split() == ["1025", "900", "5", "141", "40", "1024", "2", "of", "3", "3", "of", "3"]
 
 
 @pytest.fixture
