@@ -298,9 +298,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def table(samples: Sequence[dict[str, Any]]) -> str:
-    lines = [
-        "tokens  computed  stored after  loaded by 2  own cache  cached tokens  same answers  same as own cache   (medians, ms)"
-    ]
+    title = "tokens  computed  stored after  loaded by 2  own cache  cached tokens  same answers  same as own cache"
+    lines = [f"{title}   (medians, ms)"]
     for tokens in sorted({sample["tokens"] for sample in samples}):
         mine = [sample for sample in samples if sample["tokens"] == tokens]
 
