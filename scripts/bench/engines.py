@@ -51,6 +51,8 @@ class EngineSpec:
     environment: dict[str, str] = field(default_factory=dict)
     namespace: str | None = None
     extra_arguments: tuple[str, ...] = ()
+    python: Path | None = None
+    """The interpreter, None for the one that runs the benchmark."""
 
     @property
     def url(self) -> str:
@@ -59,7 +61,8 @@ class EngineSpec:
     def command(self) -> list[str]:
         inside = ["ip", "netns", "exec", self.namespace] if self.namespace else []
         pinned = ["taskset", "--cpu-list", str(self.core)]
-        server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
+        python = str(self.python or sys.executable)
+        server = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model)]
         server += ["--served-model-name", "bench", "--host", self.host, "--port", str(self.port)]
         server += ["--dtype", "bfloat16", "--max-model-len", "4096", "--enable-prompt-tokens-details"]
         server += ["--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
@@ -81,6 +84,8 @@ class EngineSpec:
 class Engine:
     """One running engine. Owner: the benchmark's main task; `stop` frees everything and may be called twice."""
 
+    READY_PATH = "/health"
+
     def __init__(self, spec: EngineSpec, log_folder: Path) -> None:
         self.spec = spec
         if spec.namespace is None:
@@ -98,14 +103,14 @@ class Engine:
         )
 
     async def wait_ready(self) -> None:
-        """Until /health answers 200; raises when the process ends or the deadline passes."""
+        """Until READY_PATH answers 200; raises when the process ends or the deadline passes."""
         deadline_s = time.monotonic() + READY_DEADLINE_S
         timeout = aiohttp.ClientTimeout(total=2.0)
         async with aiohttp.ClientSession(timeout=timeout) as session:
             while True:
                 self.check_alive()
                 with contextlib.suppress(aiohttp.ClientError, TimeoutError):
-                    async with session.get(f"{self.spec.url}/health") as response:
+                    async with session.get(f"{self.spec.url}{self.READY_PATH}") as response:
                         if response.status == 200:
                             return
                 if time.monotonic() > deadline_s:
