@@ -25,6 +25,7 @@ class Sample:
     floor_ms: float
     cached_tokens: int
     same_answer: bool
+    """As from the engine's own prefix cache (computing a whole prompt rounds differently in bfloat16)."""
 
     @property
     def hit(self) -> bool:
@@ -110,7 +111,7 @@ def table(found: Sequence[dict[str, Any]], flat: dict[str, Any]) -> str:
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines += [
         "",
-        "TTFT in ms, median ±IQR. speed-up: plain / from pool, same round. same: answers equal to the first.",
+        "TTFT in ms, median ±IQR. speed-up: plain / from pool, same round. same: answers as from the own cache.",
         "",
     ]
     for name, value in flat.items():

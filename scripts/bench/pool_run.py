@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import aiohttp
 
-from bench import client
+from bench import client, lmcache
 from bench.engines import Engine, EngineSpec, reap_leftovers, stop_all
 from bench.errors import BenchError, progress
 from bench.netns import DECODE_HOST, PREFILL_HOST, Link
@@ -194,8 +196,6 @@ class PoolBench:
         self._moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         self._moto.start()
         endpoint = "http://{}:{}".format(*self._moto.get_host_and_port())
-        import urllib.request
-
         urllib.request.urlopen(urllib.request.Request(f"{endpoint}/pages", method="PUT")).close()
         return ["--object", "s3://pages/bench", "--object-endpoint", endpoint, "--object-allow-http"]
 
@@ -243,7 +243,7 @@ class PoolBench:
     async def _measure(self, way: Way, prompt: list[int], plain_ms: float, number: int) -> Sample:
         assert self._session is not None
         stored = way.desk.counter("commit:visible")
-        compute_ms, first = await self._ask(way.engine, prompt)
+        compute_ms, _ = await self._ask(way.engine, prompt)
         chunks = len(prompt) // CHUNK
         await way.desk.until(
             lambda: way.desk.counter("commit:visible") >= stored + chunks, f"{chunks} chunks in {way.name}"
@@ -255,10 +255,10 @@ class PoolBench:
             if response.status != 200:
                 raise BenchError(f"{way.name}: the prefix cache cannot be emptied: {response.status}")
         ttft_ms, again = await self._ask(way.engine, prompt)
-        floor_ms, _ = await self._ask(way.engine, prompt)
+        floor_ms, own = await self._ask(way.engine, prompt)
         return Sample(
             way.name, len(prompt), number, plain_ms, compute_ms, ttft_ms, floor_ms, again.cached_tokens,
-            again.text == first.text,
+            again.text == own.text,
         )  # fmt: skip
 
     @staticmethod
@@ -269,19 +269,36 @@ class PoolBench:
     # --- LMCache ---
 
     async def _start_lmcache(self) -> None:
-        from bench.pool_lmcache import start
-
-        assert self._session is not None
-        self._lmcache = await start(self.options.model, self.options.port + 50, self.options.logs, self._session)
-        if self._lmcache is None:
-            self.notes["lmcache"] = "could not be installed"
+        """Its own engines and server, all as it is measured by itself (bench/lmcache.py)."""
+        assert self._session is not None and self._prompts is not None
+        try:
+            python = lmcache.environment()
+        except BenchError as error:
+            progress(f"LMCache is left out: {error}")
+            self.notes["lmcache"] = str(error)
+            return
+        port, model = self.options.port + 50, self.options.model
+        server = lmcache.LmcacheServer(NODE_CORE, port, python, self.options.logs)
+        self._lmcache = lmcache.Trial(self._session, self._prompts, server, [], [])
+        names = ("lmcache-1", "lmcache-2")
+        specs = [
+            lmcache.engine_spec(name, ENGINE_CORE, port + 2 + i, model, server.server_spec)
+            for i, name in enumerate(names)
+        ]
+        await self._lmcache.start(specs, self.options.logs)
+        for tokens in self.options.lengths:
+            await self._lmcache.measure("first", tokens)
+        self.notes["lmcache"] = lmcache.VERSION
 
     async def _measure_lmcache(self, number: int) -> list[Sample]:
         assert self._prompts is not None
         found = []
         for tokens in self.options.lengths:
-            told = await self._lmcache.measure(self._prompts.make(f"lmcache-{number}", tokens))
-            found.append(Sample("lmcache", tokens, number, 0.0, **told))
+            told = await self._lmcache.measure(f"lmcache-{number}", tokens)
+            found.append(
+                Sample("lmcache", tokens, number, 0.0, told["computed_ms"], told["loaded_ms"], told["floor_ms"],
+                       told["cached_tokens"], told["same_as_own_cache"])
+            )  # fmt: skip
         return found
 
     # --- raw figures ---
@@ -335,8 +352,6 @@ class PoolBench:
         environment = {"OMP_NUM_THREADS": "1"}
         if name == "remote":
             environment |= {**LINK_ENVIRONMENT, "UCX_NET_DEVICES": DECODE_HOST.link_device}
-        import os
-
         done = subprocess.run(
             [*inside, "taskset", "--cpu-list", str(ENGINE_CORE), sys.executable, str(HERE / "pool_rank.py"),
              address, kind, "7"],
