@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from lmkv.ids import RequestId
 
 from ..commands import Results
-from ..metadata import StepMeta
 from ..specs import LoadReport, LoadSpec, StoreSpec
+
+if TYPE_CHECKING:
+    from ..metadata import StepMeta
 
 
 class PoolBooks:

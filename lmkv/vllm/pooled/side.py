@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
@@ -19,12 +19,14 @@ from lmkv.hashing import Chain, Manifest
 from lmkv.ids import Incarnation, Rank, RequestId
 from lmkv.obs.ledger import LedgerBook
 
-from ..metadata import StepMeta
 from ..specs import BlockRange, LoadReport, LoadSpec, StoreSpec
 from .adapters import Adapters
 from .cost import Costs
 from .lookup import Lease, Lookup, Lookups
 from .naming import exclusion, request_extras
+
+if TYPE_CHECKING:
+    from ..metadata import StepMeta
 
 logger = logging.getLogger(__name__)
 
