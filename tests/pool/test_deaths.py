@@ -1,4 +1,4 @@
-"""Clients that die or stop while they may write: their slots come back when it is proved that they cannot, not before."""
+"""Clients that die or stop while they may write: slots come back when it is proved that they cannot, not before."""
 
 from __future__ import annotations
 
