@@ -235,6 +235,13 @@ class User:
         who = (self.incarnation, self.rank, space, keys, generations, shard, checksums, ack, wait_s)
         return self.get(lambda token: pw.Commit(token, *who), pw.Committed, wait_s + 5.0)
 
+    def commit_later(self, numbers: Sequence[int], slots: Sequence[pw.Slot]) -> None:
+        """Without waiting for the answer."""
+        keys = b"".join(map(key, numbers))
+        generations = tuple(slot.generation for slot in slots)
+        sums = tuple((number,) for number in numbers)
+        self.link.tell(pw.Commit(1, self.incarnation, self.rank, SPACE, keys, generations, 0, sums))
+
     def pin(
         self, numbers: Sequence[int], lease_s: float = 10.0, wait_s: float = 0.0, space: bytes = SPACE
     ) -> pw.Pinned:
