@@ -82,17 +82,18 @@ async def prompt_of(client: Client, engine: Engine, title: str, tokens: int = 70
 
 
 async def attached(world: World, client: Client, node: Node) -> None:
-    """Both engines use this node (and no other): what each stores of a prompt of its own arrives there."""
+    """Both engines use this node (and no other): lookups reach it, and what each stores arrives there."""
     for engine in (world.a, world.b):
 
         async def arrives(engine: Engine = engine) -> bool:
-            pages = node.stats()["pages"]
+            pages, misses = node.stats()["pages"], (await counters(engine)).get("pool:lookup:miss", 0)
             world.salts += 1
             reply = await client.complete(
                 engine.url, list(range(100, 230)), max_tokens=1, cache_salt=f"salt{world.salts}"
             )
             assert reply.status == 200, reply.body
-            return bool(node.stats()["pages"] > pages)
+            looked = (await counters(engine)).get("pool:lookup:miss", 0) > misses
+            return looked and bool(node.stats()["pages"] > pages)
 
         await eventually(arrives, f"{engine.proc.name} to use {node.address}")
 
