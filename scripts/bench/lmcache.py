@@ -34,7 +34,7 @@ from bench.lmcache_place import ADDRESS, CACHE, NAMESPACE, QUIET, VERSION, Islan
 from bench.prompts import Prompts
 
 ROOT = Path(__file__).resolve().parents[2]
-CHUNK_TOKENS = 128
+CHUNK_TOKENS = 256
 L1_GB = 2
 HEARTBEAT_S = 3600.0
 STORE_DEADLINE_S = 20.0
