@@ -61,7 +61,9 @@ class PoolNode:
         self._wake = Wake()
         self._ending = contextlib.ExitStack()
         """Closes what has been opened, the last first."""
-        self._ending.callback(self._wake.close)
+        self._ending.callback(self._close_wake)
+        self._wake_lock = threading.RLock()  # (a signal's handler runs on the node's own thread)
+        self._ended = False
         try:
             self._build(settings, tiers)
         except BaseException:
@@ -179,7 +181,14 @@ class PoolNode:
     def stop(self) -> None:
         """From any thread, or a signal handler: drain, then end."""
         self._stop.set()
-        self._wake.set()
+        with self._wake_lock:
+            if not self._ended:
+                self._wake.set()
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            self._ended = True
+            self._wake.close()
 
     def _loop(self) -> None:
         poller = select.poll()
