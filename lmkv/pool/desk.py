@@ -277,9 +277,10 @@ class Desk:
             keys = set(self._keys(message.namespace, message.corrupt))
             # Only what was held: the bytes of a page that went meanwhile prove nothing.
             wrong = [e.key for e in pinned if e.key in keys and self._index.find(e.key) is e]
-            self._index.counters["corrupt"] += len(wrong)
-            logger.error("%d pages were found corrupt by a reader, and are dropped", len(wrong))
-            self._forget(wrong)
+            if wrong:
+                self._index.counters["corrupt"] += len(wrong)
+                logger.error("%d pages were found corrupt by a reader, and are dropped", len(wrong))
+                self._forget(wrong)
         self._leases.unpin(message.lease)
 
     # --- administration ---

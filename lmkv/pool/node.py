@@ -64,7 +64,9 @@ class PoolNode:
         self._wake = Wake()
         self._ending = contextlib.ExitStack()
         """Closes what has been opened, the last first."""
-        self._ending.callback(self._wake.close)
+        self._ending.callback(self._close_wake)
+        self._wake_lock = threading.RLock()  # (a signal's handler runs on the node's own thread)
+        self._ended = False
         try:
             self._build(settings, tiers)
         except BaseException:
@@ -202,8 +204,14 @@ class PoolNode:
     def stop(self) -> None:
         """From any thread, or a signal handler: drain, then end."""
         self._stop.set()
-        if not self._ended:
-            self._wake.set()
+        with self._wake_lock:
+            if not self._ended:
+                self._wake.set()
+
+    def _close_wake(self) -> None:
+        with self._wake_lock:
+            self._ended = True
+            self._wake.close()
 
     def _loop(self) -> None:
         poller = select.poll()
@@ -362,7 +370,6 @@ class PoolNode:
         self._publisher.beat(self._beat(leaving=True))
         for connection, _ in self._sharers.values():
             connection.close()
-        self._ended = True
         self._ending.close()
 
 

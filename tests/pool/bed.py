@@ -88,10 +88,12 @@ class NodeThread:
         return self.card.address
 
     def end(self) -> None:
-        self.node.stop()
-        self.thread.join(20)
+        if self.thread.is_alive():
+            self.node.stop()
+            self.thread.join(20)
         assert not self.thread.is_alive()
-        assert self.problem is None
+        if self.problem is not None:
+            raise self.problem
 
 
 class NodeProcess:
