@@ -60,7 +60,6 @@ class PoolNode:
         self._settings = settings
         self._incarnation = make_incarnation(os.urandom(8))
         self._stop = threading.Event()
-        self._ended = False
         self._wake = Wake()
         self._ending = contextlib.ExitStack()
         """Closes what has been opened, the last first."""
