@@ -16,9 +16,7 @@ CLIENTS = 10
 SECONDS = 2.5
 
 
-@pytest.mark.parametrize(
-    ("plane", "policy"), [("", "s3fifo"), ("tcp://127.0.0.1", "lru")], ids=["mapped", "tcp"]
-)
+@pytest.mark.parametrize(("plane", "policy"), [("", "s3fifo"), ("tcp://127.0.0.1", "lru")], ids=["mapped", "tcp"])
 def test_ten_clients(tmp_path: Path, plane: str, policy: str) -> None:
     node = NodeProcess(tmp_path, capacity="4MiB", policy=policy, transport=plane or "none")
     user = User(node.address)
