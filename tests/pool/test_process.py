@@ -9,20 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
 
+from lmkv.cli import main
 from tests.pool.bed import LMKV, PAGE, ROOT, NodeProcess, User, using
 
-
-def run(*options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """A start that fails."""
-    return subprocess.run(
-        [*LMKV, "pool", "--listen", "tcp://127.0.0.1:0", "--capacity", "1MiB", *options],
-        cwd=ROOT,
-        env={**os.environ, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=30,
-    )
+COMMON = ("pool", "--listen", "tcp://127.0.0.1:0", "--capacity", "1MiB")
 
 
 @pytest.mark.parametrize(
@@ -43,12 +35,27 @@ def run(*options: str, env: dict[str, str] | None = None) -> subprocess.Complete
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
 )
-def test_what_the_operator_has_to_correct(options: tuple[str, ...], env: dict[str, str], says: str) -> None:
-    done = run(*options, env=env)
-    assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.strip().splitlines()
+def test_what_the_operator_has_to_correct(
+    options: tuple[str, ...],
+    env: dict[str, str],
+    says: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert typer.main.get_command(main)([*COMMON, *options], standalone_mode=False) == 2
+    told = capsys.readouterr()
+    (line,) = told.err.strip().splitlines()
     assert says in line
-    assert done.stdout == ""
+    assert told.out == ""
+
+
+def test_a_start_that_fails_ends_the_process(tmp_path: Path) -> None:
+    options = ("--share", str(tmp_path / "no" / ("x" * 200)))
+    done = subprocess.run([*LMKV, *COMMON, *options], cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
