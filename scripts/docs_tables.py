@@ -46,6 +46,7 @@ def errors_table() -> str:
 
 def _family(error: type[errors.LmkvError]) -> set[type[errors.LmkvError]]:
     """The class and all its public subclasses, of the modules that define errors of their own too."""
+    import lmkv.client
     import lmkv.control.admin
     import lmkv.control.client
     import lmkv.control.etcd
