@@ -76,6 +76,8 @@ class NodeCard(msgspec.Struct, frozen=True, gc=False, array_like=True):
     host: str = ""
     """Tells hosts apart (the kernel's boot id)."""
     protocol: int = PROTOCOL
+    prefault: bool = False
+    """All of the arena's memory is there from the start."""
 
 
 class Slot(msgspec.Struct, frozen=True, gc=False, array_like=True):

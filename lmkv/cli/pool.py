@@ -21,6 +21,9 @@ def pool(
     name: Annotated[_Text, typer.Option(help="Name in logs and listings. [pool-HOST-PORT]")] = None,
     capacity: Annotated[_Text, typer.Option(help="Memory for pages. [2GiB]")] = None,
     huge: Annotated[_Bool, typer.Option("--huge/--no-huge", help="Use huge pages if there are enough. [huge]")] = None,
+    prefault: Annotated[
+        _Bool, typer.Option("--prefault/--no-prefault", help="Take the arena's memory at the start. [prefault]")
+    ] = None,
     share: Annotated[_Text, typer.Option(help="Unix socket for processes of this host; none: off.")] = None,
     transport: Annotated[_Text, typer.Option(help="Data plane for other hosts; none: off. [nixl://]")] = None,
     policy: Annotated[_Text, typer.Option(help="lru or s3fifo. [lru]")] = None,

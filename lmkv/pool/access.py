@@ -179,6 +179,8 @@ class NodeAccess:
             except PoolError as error:
                 logger.info("pool node %s is on this host, but: %s", card.name, error)
             else:
+                if card.prefault:
+                    self.memory.touch_in_background()
                 self._become(Reach.LOCAL)
                 return
         if me.transport is None or not card.export:

@@ -6,12 +6,14 @@ It is never unmapped while the process lives: peers may still write to it.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import logging
 import mmap
 import os
 import socket
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,9 @@ from lmkv.errors import ConfigError, PoolError
 logger = logging.getLogger(__name__)
 
 HUGE_BYTES = 2 << 20
+TOUCH_BYTES = 16 << 20
+MADV_POPULATE_WRITE = 23
+"""Of Linux 5.14; Python has no name for it."""
 _LENGTH = struct.Struct("<Q")
 
 
@@ -64,6 +69,20 @@ class ArenaMemory:
                     ) from error
                 logger.info("no huge pages for the arena: %s", error)
         raise AssertionError("the last kind returns or raises")
+
+    def touch_in_background(self) -> None:
+        """Have every page there before it is used: the first use of a page costs more than filling it. Ends by itself;
+        what fails only costs that time later."""
+        threading.Thread(target=self._touch, name="lmkv-arena", daemon=True).start()
+
+    def _touch(self) -> None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        for offset in range(0, self.capacity_bytes, TOUCH_BYTES):
+            size = min(TOUCH_BYTES, self.capacity_bytes - offset)
+            # Not the mmap's own method: that one would keep Python's lock.
+            if libc.madvise(ctypes.c_void_p(self.address + offset), ctypes.c_size_t(size), MADV_POPULATE_WRITE):
+                logger.info("the arena's pages come as they are used: %s", os.strerror(ctypes.get_errno()))
+                return
 
     def close_fd(self) -> None:
         """Nobody else can map it from now on; it stays mapped here."""

@@ -141,6 +141,7 @@ class PoolNode:
             self._memory.capacity_bytes,
             share,
             host_id(),
+            prefault=settings.prefault,
         )
 
     # --- opening ---
@@ -195,6 +196,8 @@ class PoolNode:
                 logger.info("%d pages found in lower tiers in %.1f s", count, time.monotonic() - started_s)
             if self._etcd is not None:
                 self._etcd.register(self.card)
+            if self._settings.prefault:
+                self._memory.touch_in_background()
             ready()
             self._loop()
         finally:

@@ -42,6 +42,7 @@ class NodeSettings(BaseSettings):
     name: str = Field("", description="name in logs and listings; default is pool, host and port")
     capacity: int = Field(2 << 30, ge=1 << 20, description="size of the arena in memory")
     huge: bool = Field(True, description="use huge pages if there are enough free ones")
+    prefault: bool = Field(True, description="take the arena's memory at the start; otherwise as it is used")
     share: str = Field("", description="Unix socket that lets processes of this host map the arena; none: not at all")
     transport: str = Field("nixl://?progress=event", description="data plane for other hosts; none: this host only")
     policy: Literal["s3fifo", "lru"] = Field("lru", description="what is evicted first")

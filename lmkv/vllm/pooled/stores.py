@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """A store that has not been packed by then is dropped: its blocks are wanted."""
 ANSWER_S = 30.0
-SLICE_BYTES = 8 << 20
+SLICE_BYTES = 16 << 20
 """So much is packed before transfers get their turn again."""
 MOST_QUEUED_CHUNKS = 8192
 
