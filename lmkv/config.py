@@ -16,9 +16,11 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from .errors import ConfigError
 
+# Of other processes; where a name is one of ours all the same (LMKV_POOL_LOAD), ours is read.
 _OTHER_VARIABLES = (
     "LMKV_ROUTER_",
-    "LMKV_POOL_CAPACITY",
+    "LMKV_POOL_",
+    "LMKV_UP_",
     "LMKV_SETUP",
     "LMKV_VENV",
     "LMKV_MODELS",

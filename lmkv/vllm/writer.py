@@ -123,6 +123,7 @@ class WorkerLoop:
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything that was to be stored in the pool is there; False if it took too long."""
+        self._stored.clear()  # what was submitted just now is not idle yet
         self._wake.set()
         return self._pool is None or not self.alive or self._stored.wait(timeout_s)
 
