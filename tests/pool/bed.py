@@ -22,9 +22,7 @@ from lmkv.ids import Incarnation, Rank, make_incarnation
 from lmkv.pool.access import Me, NodeAccess, Reach
 from lmkv.pool.node import PoolNode
 from lmkv.pool.settings import NodeSettings
-from lmkv.pool.tiering import TierSettings
-from lmkv.pool.tiers.base import CorruptError, PageMeta, StoreTier, TierError
-from lmkv.poolwire import Ack, Refusal, Tier
+from lmkv.poolwire import Ack, Refusal
 from lmkv.transport import Completion, Extents, PeerLost, Region, open_transport
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -337,87 +335,3 @@ def using(*things: Any) -> Iterator[None]:
         for thing in things:
             stack.callback(thing.close if hasattr(thing, "close") else thing.end)
         yield
-
-
-# --- a tier ---
-
-
-class FakeTier(StoreTier):
-    """Pages in a dict. `gate` not set: puts wait. Faults are switched by attributes."""
-
-    tier = Tier.DISK
-
-    def __init__(self, pages: dict[bytes, tuple[PageMeta, bytes]] | None = None) -> None:
-        self.pages = pages if pages is not None else {}
-        self.gate = threading.Event()
-        self.gate.set()
-        self.get_gate = threading.Event()
-        self.get_gate.set()
-        self.fail_put = self.fail_get = self.bug = False
-        self.corrupt: set[bytes] = set()
-        self.described: dict[bytes, str] = {}
-        self.evicted: Callable[[list[bytes]], None] = lambda keys: None
-        self.puts = 0
-        self.closed = False
-
-    def settings(self, **more: Any) -> Any:
-        """For PoolNode."""
-
-        def tiers(evicted: Callable[[Tier, list[bytes]], None]) -> list[TierSettings]:
-            self.evicted = lambda keys: evicted(self.tier, keys)
-            return [TierSettings(self, **more)]
-
-        return tiers
-
-    def put(self, key: bytes, meta: PageMeta, data: memoryview) -> None:
-        assert self.gate.wait(20)
-        self.puts += 1
-        if self.bug:
-            raise ZeroDivisionError("a bug in a tier")
-        if self.fail_put:
-            raise TierError("no space")
-        self.pages[key] = (meta, bytes(data[: meta.page_bytes]))
-
-    def get(self, key: bytes, into: memoryview) -> PageMeta | None:
-        assert self.get_gate.wait(20)
-        if self.bug:
-            raise ZeroDivisionError("a bug in a tier")
-        if self.fail_get:
-            raise TierError("unreachable")
-        if key in self.corrupt:
-            self.pages.pop(key)
-            raise CorruptError("bits have flipped")
-        if key not in self.pages:
-            return None
-        meta, data = self.pages[key]
-        into[: meta.page_bytes] = data
-        return meta
-
-    def drop(self, keys: Sequence[bytes]) -> int:
-        return sum(self.pages.pop(key, None) is not None for key in keys)
-
-    def drop_namespace(self, namespace: bytes) -> int:
-        return self.drop([key for key in list(self.pages) if key.startswith(namespace)])
-
-    def scan(self) -> Iterator[tuple[bytes, PageMeta]]:
-        return ((key, meta) for key, (meta, _) in self.pages.items())
-
-    def describe(self, namespace: bytes, description: str) -> None:
-        self.described[namespace] = description
-
-    def descriptions(self) -> dict[bytes, str]:
-        return dict(self.described)
-
-    @property
-    def used_bytes(self) -> int:
-        return sum(meta.page_bytes for meta, _ in self.pages.values())
-
-    @property
-    def capacity_bytes(self) -> int:
-        return 0
-
-    def counters(self) -> dict[str, int]:
-        return {"puts": self.puts}
-
-    def close(self) -> None:
-        self.closed = True

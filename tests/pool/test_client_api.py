@@ -20,7 +20,8 @@ from lmkv import LmkvClient
 from lmkv.client import Ack, NoNodeError
 from lmkv.errors import ConfigError, LayoutError
 from lmkv.pool.access import Reach
-from tests.pool.bed import ROOT, FakeTier, NodeProcess, NodeThread, User, using
+from tests.pool.bed import ROOT, NodeProcess, NodeThread, User, using
+from tests.pool.fake_tier import FakeTier
 
 PLANES = ("", "tcp://127.0.0.1", "nixl://?progress=event")
 MODEL = {"layers": 2, "heads": 3, "head_dim": 16, "model": "m", "chunk_tokens": 32}

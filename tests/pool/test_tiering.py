@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -13,46 +12,10 @@ from lmkv import poolwire as pw
 from lmkv.hashing import namespace_of
 from lmkv.pool.tiers.base import PageMeta
 from lmkv.poolwire import Ack, Refusal, Tier
-from tests.pool.bed import PAGE, PAGES, SPACE, FakeTier, NodeThread, User, content, key, until, using
+from tests.pool.bed import PAGE, PAGES, SPACE, NodeThread, User, content, key, until, using
+from tests.pool.fake_tier import FakeTier, TierBed
 
 OBJECT = SPACE + key(1)
-
-
-class Bed:
-    def __init__(self, tmp: Path, tier: FakeTier, **more: Any) -> None:
-        node = {name: more.pop(name) for name in list(more) if name in ("capacity", "policy", "drain_s")}
-        self.tier = tier
-        self.node = NodeThread(tmp, tier.settings(**more), **node)
-        self.user = User(self.node.address)
-
-    def end(self) -> None:
-        self.tier.gate.set()
-        self.tier.get_gate.set()
-        self.user.close()
-        if self.node.thread.is_alive():
-            self.node.end()
-
-    def on_disk(self, *numbers: int) -> None:
-        until(lambda: all(SPACE + key(n) in self.tier.pages for n in numbers))
-        self.until_tiers(Tier.DRAM | Tier.DISK, *numbers)
-
-    def until_tiers(self, tiers: Tier, *numbers: int) -> None:
-        until(lambda: all(self.tiers(n) == tiers for n in numbers))
-
-    def tiers(self, number: int) -> Tier:
-        before = (SPACE + key(number))[:-1]
-        found = self.user.get(lambda t: pw.ListKeys(t, SPACE, before, 1), pw.Keys).records
-        return Tier(found[-1]) if found[:-1] == SPACE + key(number) else Tier(0)
-
-    def out_of_memory(self, *numbers: int) -> None:
-        """Everything is evicted, and nothing comes for it."""
-        others = range(10_000, 10_000 + PAGES)
-        slots = self.user.reserve(others)
-        self.user.abandon(others, [slot for slot in slots if slot.refusal is Refusal.NONE], drained=True)
-        assert all(self.tiers(number) == Tier.DISK for number in numbers)
-
-    def pages(self) -> int:
-        return int(self.user.stats()["pages"])
 
 
 @pytest.fixture
@@ -61,13 +24,13 @@ def tier() -> FakeTier:
 
 
 @pytest.fixture
-def bed(tmp_path: Path, tier: FakeTier) -> Iterator[Bed]:
-    found = Bed(tmp_path, tier, policy="lru")
+def bed(tmp_path: Path, tier: FakeTier) -> Iterator[TierBed]:
+    found = TierBed(tmp_path, tier, policy="lru")
     yield found
     found.end()
 
 
-def fill(bed: Bed) -> None:
+def fill(bed: TierBed) -> None:
     """All of memory is reserved: nothing else has room."""
     at, full = 30_000, False
     while not full:
@@ -78,7 +41,7 @@ def fill(bed: Bed) -> None:
 # --- down and up ---
 
 
-def test_a_page_goes_down_is_evicted_and_comes_up(bed: Bed) -> None:
+def test_a_page_goes_down_is_evicted_and_comes_up(bed: TierBed) -> None:
     bed.user.store(1, 2, 3)
     bed.on_disk(1, 2, 3)
     bed.out_of_memory(1, 2, 3)
@@ -91,7 +54,7 @@ def test_a_page_goes_down_is_evicted_and_comes_up(bed: Bed) -> None:
     assert bed.user.counters()["promote:DISK"] == 3
 
 
-def test_a_pin_waits_no_longer_than_it_says(bed: Bed) -> None:
+def test_a_pin_waits_no_longer_than_it_says(bed: TierBed) -> None:
     bed.user.store(1, 2)
     bed.on_disk(1, 2)
     bed.out_of_memory(2)
@@ -104,7 +67,7 @@ def test_a_pin_waits_no_longer_than_it_says(bed: Bed) -> None:
     assert bed.user.stats()["waiting"] == 0
 
 
-def test_a_page_wanted_by_many_is_read_once(bed: Bed) -> None:
+def test_a_page_wanted_by_many_is_read_once(bed: TierBed) -> None:
     bed.user.store(1)
     bed.on_disk(1)
     bed.out_of_memory(1)
@@ -120,7 +83,7 @@ def test_a_page_wanted_by_many_is_read_once(bed: Bed) -> None:
     assert bed.user.counters()["promote:DISK"] == 1
 
 
-def test_no_room_to_bring_a_page_up(bed: Bed) -> None:
+def test_no_room_to_bring_a_page_up(bed: TierBed) -> None:
     bed.user.store(1)
     bed.on_disk(1)
     bed.out_of_memory(1)
@@ -131,7 +94,7 @@ def test_no_room_to_bring_a_page_up(bed: Bed) -> None:
 
 
 @pytest.mark.parametrize("fault", ["corrupt", "other meta", "not there"])
-def test_what_a_tier_has_lost_is_a_miss(bed: Bed, fault: str) -> None:
+def test_what_a_tier_has_lost_is_a_miss(bed: TierBed, fault: str) -> None:
     bed.user.store(1, 2)
     bed.on_disk(1, 2)
     bed.out_of_memory(1, 2)
@@ -150,7 +113,7 @@ def test_what_a_tier_has_lost_is_a_miss(bed: Bed, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["fail_get", "bug"])
-def test_what_a_tier_cannot_read_now_stays(bed: Bed, fault: str) -> None:
+def test_what_a_tier_cannot_read_now_stays(bed: TierBed, fault: str) -> None:
     bed.user.store(1)
     bed.on_disk(1)
     bed.out_of_memory(1)
@@ -161,7 +124,7 @@ def test_what_a_tier_cannot_read_now_stays(bed: Bed, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["fail_put", "bug"])
-def test_what_a_tier_does_not_take_stays_in_memory(bed: Bed, fault: str) -> None:
+def test_what_a_tier_does_not_take_stays_in_memory(bed: TierBed, fault: str) -> None:
     setattr(bed.tier, fault, True)
     bed.user.store(1)
     bed.user.until_stats(lambda s: s["counters"].get("spill:DISK:failed") == 1)
@@ -172,7 +135,7 @@ def test_what_a_tier_does_not_take_stays_in_memory(bed: Bed, fault: str) -> None
 # --- the queue ---
 
 
-def test_a_full_queue_is_counted_and_leaves_room(bed: Bed) -> None:
+def test_a_full_queue_is_counted_and_leaves_room(bed: TierBed) -> None:
     """However slow the tier, half of the arena stays free for what comes."""
     bed.tier.gate.clear()
     bed.user.store(*range(PAGES))
@@ -184,7 +147,7 @@ def test_a_full_queue_is_counted_and_leaves_room(bed: Bed) -> None:
 
 
 def test_a_queue_of_its_own_size(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, most_queued_bytes=3 * PAGE)
+    bed = TierBed(tmp_path, tier, most_queued_bytes=3 * PAGE)
     with using(bed):
         bed.tier.gate.clear()
         bed.user.store(*range(10))
@@ -194,7 +157,7 @@ def test_a_queue_of_its_own_size(tmp_path: Path, tier: FakeTier) -> None:
 
 
 def test_admission_by_hits(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, admit_hits=2)
+    bed = TierBed(tmp_path, tier, admit_hits=2)
     with using(bed):
         bed.user.store(1, 2)
         assert bed.user.load(1, 2) == 2 and bed.user.load(2) == 1
@@ -205,7 +168,7 @@ def test_admission_by_hits(tmp_path: Path, tier: FakeTier) -> None:
 # --- dropping ---
 
 
-def test_a_drop_during_a_spill(bed: Bed) -> None:
+def test_a_drop_during_a_spill(bed: TierBed) -> None:
     bed.tier.gate.clear()
     bed.user.store(1)
     done: list[pw.Dropped | None] = []
@@ -222,7 +185,7 @@ def test_a_drop_during_a_spill(bed: Bed) -> None:
     assert bed.user.load(1, wait_s=5.0) == 1
 
 
-def test_a_drop_during_a_promotion(bed: Bed) -> None:
+def test_a_drop_during_a_promotion(bed: TierBed) -> None:
     bed.user.store(1)
     bed.on_disk(1)
     bed.out_of_memory(1)
@@ -240,7 +203,7 @@ def test_a_drop_during_a_promotion(bed: Bed) -> None:
     bed.user.until_stats(lambda s: s["used_bytes"] == used)
 
 
-def test_a_namespace_is_dropped_with_what_is_being_written(bed: Bed) -> None:
+def test_a_namespace_is_dropped_with_what_is_being_written(bed: TierBed) -> None:
     other = b"o" * 16
     bed.user.store(1, 2)
     slots = bed.user.reserve([3])
@@ -254,7 +217,7 @@ def test_a_namespace_is_dropped_with_what_is_being_written(bed: Bed) -> None:
     assert bed.pages() == 1
 
 
-def test_what_is_stored_behind_a_dropped_namespace_stays(bed: Bed) -> None:
+def test_what_is_stored_behind_a_dropped_namespace_stays(bed: TierBed) -> None:
     """The drop runs on one lane; pages of the others must not overtake it."""
     bed.user.store(*range(50))
     bed.on_disk(*range(50))
@@ -279,7 +242,7 @@ def test_what_is_stored_behind_a_dropped_namespace_stays(bed: Bed) -> None:
 
 
 def test_drops_are_done_before_the_end(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, drain_s=0.1)
+    bed = TierBed(tmp_path, tier, drain_s=0.1)
     with using(bed):
         bed.user.store(1, 2)
         bed.on_disk(1, 2)
@@ -294,7 +257,7 @@ def test_drops_are_done_before_the_end(tmp_path: Path, tier: FakeTier) -> None:
         assert tier.pages == {}, "they would come back with the next start"
 
 
-def test_a_page_found_corrupt_is_dropped_below_too(bed: Bed) -> None:
+def test_a_page_found_corrupt_is_dropped_below_too(bed: TierBed) -> None:
     bed.user.store(1)
     bed.on_disk(1)
     bed.user.unpin(bed.user.pin([1]), corrupt=[1])
@@ -304,7 +267,7 @@ def test_a_page_found_corrupt_is_dropped_below_too(bed: Bed) -> None:
 # --- acknowledgement ---
 
 
-def test_a_durable_store_waits_until_it_is(bed: Bed) -> None:
+def test_a_durable_store_waits_until_it_is(bed: TierBed) -> None:
     bed.tier.gate.clear()
     threading.Timer(0.2, bed.tier.gate.set).start()
     assert bed.user.store(1, 2, ack=Ack.DURABLE, wait_s=10.0).reached is Ack.DURABLE
@@ -312,12 +275,12 @@ def test_a_durable_store_waits_until_it_is(bed: Bed) -> None:
     assert bed.user.store(3).reached is Ack.VOLATILE
 
 
-def test_a_durable_store_that_is_not(bed: Bed) -> None:
+def test_a_durable_store_that_is_not(bed: TierBed) -> None:
     bed.tier.fail_put = True
     assert bed.user.store(1, 2, ack=Ack.DURABLE, wait_s=10.0).reached is Ack.VOLATILE
 
 
-def test_a_durable_store_has_a_deadline(bed: Bed) -> None:
+def test_a_durable_store_has_a_deadline(bed: TierBed) -> None:
     bed.tier.gate.clear()
     assert bed.user.store(1, ack=Ack.DURABLE, wait_s=0.2).reached is Ack.VOLATILE
     assert bed.user.load(1) == 1
@@ -333,7 +296,7 @@ def test_a_node_without_tiers_is_volatile(tmp_path: Path) -> None:
 
 
 def test_a_durable_store_past_a_full_queue(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, most_queued_bytes=PAGE)
+    bed = TierBed(tmp_path, tier, most_queued_bytes=PAGE)
     with using(bed):
         assert bed.user.store(*range(9), ack=Ack.DURABLE, wait_s=10.0).reached is Ack.DURABLE
 
@@ -341,7 +304,7 @@ def test_a_durable_store_past_a_full_queue(tmp_path: Path, tier: FakeTier) -> No
 # --- the tier's own doings, and restarts ---
 
 
-def test_a_tier_makes_room(bed: Bed) -> None:
+def test_a_tier_makes_room(bed: TierBed) -> None:
     bed.user.store(1, 2)
     bed.on_disk(1, 2)
     bed.out_of_memory(2)
@@ -355,7 +318,7 @@ def test_a_tier_makes_room(bed: Bed) -> None:
 
 def test_a_restart_serves_what_was_durable(tmp_path: Path, tier: FakeTier) -> None:
     text = '{"model":"m"}'
-    first = Bed(tmp_path, tier)
+    first = TierBed(tmp_path, tier)
     first.user.access.declare(namespace_of(text), text)
     first.user.store(1, 2, 3)
     first.on_disk(1, 2, 3)
@@ -363,7 +326,7 @@ def test_a_restart_serves_what_was_durable(tmp_path: Path, tier: FakeTier) -> No
     first.end()
     again = FakeTier(tier.pages)
     again.described = tier.described
-    bed = Bed(tmp_path, again)
+    bed = TierBed(tmp_path, again)
     with using(bed):
         assert bed.tiers(1) == Tier.DISK and bed.pages() == 3
         assert bed.user.reserve([1])[0].refusal is Refusal.EXISTS
@@ -372,7 +335,7 @@ def test_a_restart_serves_what_was_durable(tmp_path: Path, tier: FakeTier) -> No
 
 
 def test_a_drain_writes_what_only_memory_holds(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, admit_hits=100)
+    bed = TierBed(tmp_path, tier, admit_hits=100)
     with using(bed):
         bed.user.store(*range(20))
         assert tier.pages == {}
@@ -381,7 +344,7 @@ def test_a_drain_writes_what_only_memory_holds(tmp_path: Path, tier: FakeTier) -
 
 
 def test_a_drain_that_fails_says_how_much_is_volatile(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, admit_hits=100)
+    bed = TierBed(tmp_path, tier, admit_hits=100)
     with using(bed):
         bed.user.store(*range(20))
         tier.fail_put = True
@@ -389,7 +352,7 @@ def test_a_drain_that_fails_says_how_much_is_volatile(tmp_path: Path, tier: Fake
 
 
 def test_the_end_waits_for_what_is_being_written(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, admit_hits=100)
+    bed = TierBed(tmp_path, tier, admit_hits=100)
     bed.user.store(*range(20))
     bed.end()
     assert len(tier.pages) == 20 and tier.closed
@@ -397,7 +360,7 @@ def test_the_end_waits_for_what_is_being_written(tmp_path: Path, tier: FakeTier)
 
 
 def test_the_end_does_not_wait_for_ever(tmp_path: Path, tier: FakeTier) -> None:
-    bed = Bed(tmp_path, tier, drain_s=0.2)
+    bed = TierBed(tmp_path, tier, drain_s=0.2)
     tier.gate.clear()
     bed.user.store(*range(20))
     bed.node.node.stop()
