@@ -77,6 +77,9 @@ class ConnectorSettings(BaseSettings):
     promote_s: float = Field(1.0, ge=0, description="a request waits this long for pages of a node's lower tiers")
     load_s: float = Field(10.0, gt=0, description="a load that takes longer is cut; the rest is computed")
     min_pool_tokens: int = Field(64, ge=1, description="fewer tokens than this are not loaded from the pool")
+    remote_load: Literal["push", "read"] = Field(
+        "push", description="pages of other hosts: push has the node write them (quicker over TCP), read reads them"
+    )
     staging_bytes: int = Field(
         64 << 20, ge=1 << 20, description="memory for pages on their way from and to other hosts"
     )

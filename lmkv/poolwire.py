@@ -163,6 +163,28 @@ class Pinned(_Message, frozen=True):
     below_s: float = 0.0
 
 
+class Fetch(_Message, frozen=True):
+    """Write `size` bytes from byte `first` on of each of these pages, which `lease` holds, to these addresses of the
+    sender's registered host memory. Answered by Fetched when nothing of it will be written any more."""
+
+    token: int
+    incarnation: Incarnation
+    rank: Rank
+    lease: int
+    namespace: bytes
+    keys: bytes
+    first: int
+    size: int
+    addresses: tuple[int, ...]
+
+
+class Fetched(_Message, frozen=True):
+    """`error` is empty if all of it is there."""
+
+    token: int
+    error: str = ""
+
+
 class Unpin(_Message, frozen=True):
     """One-way. `corrupt`: page keys among the pinned whose bytes had another checksum; the node throws these pages
     away, in all tiers, provided that the lease was not over."""
@@ -347,9 +369,9 @@ class Unreadable(_Message, frozen=True):
 
 PoolMessage = (
     PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin
-    | Pinned | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys | Replicate
-    | Replicated | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members | MembersAre
-    | Lookup | Found | Unreadable
+    | Pinned | Fetch | Fetched | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys
+    | Replicate | Replicated | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members
+    | MembersAre | Lookup | Found | Unreadable
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

@@ -7,6 +7,7 @@ leases. A node that has restarted is another one (other incarnation), and all th
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import socket
@@ -19,7 +20,7 @@ import zmq
 from numpy.typing import NDArray
 
 from lmkv import poolwire as pw
-from lmkv.errors import PoolError, StateError, TransportError
+from lmkv.errors import PeerLostError, PoolError, StateError, TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.transport import Extents, OpId, PeerId, Transport
 
@@ -33,6 +34,11 @@ LOST_S = 4.0
 STALL_S = 1.0
 """After a longer pause between ticks it is us who were away, not the node."""
 ASK_S = 2.0
+
+
+_ACCESSES = 4096
+"""Fetches of so many nodes are told apart by their numbers."""
+_numbers = itertools.count()
 
 
 class Reach(Enum):
@@ -89,6 +95,10 @@ class NodeAccess:
         self._told = Incarnation("")
         """The node that knows all our namespaces."""
         self._heard_s = float("-inf")
+        self._number = next(_numbers) % _ACCESSES
+        self._fetches = 0
+        self._fetching: set[OpId] = set()
+        self._fetched: list[tuple[OpId, TransportError | None]] = []
         self._beat_s = float("-inf")
         self._tick_s = float("-inf")
         self._complaint = ""
@@ -272,6 +282,9 @@ class NodeAccess:
             self._changed()
 
     def _detach(self) -> None:
+        # Another node, or none: what the old one was writing has ended with it.
+        self._fetched += [(op, PeerLostError("the pool node is lost")) for op in self._fetching]
+        self._fetching.clear()
         self.card, self.memory, self._export = None, None, b""
         self.reach = self._before = Reach.SEEKING
         if self._connection is not None:
@@ -310,6 +323,37 @@ class NodeAccess:
         """Raises TransportError."""
         transport, peer = self._data_plane()
         return transport.read(peer, local, self.remote(rows))
+
+    def fetch(
+        self, lease: int, namespace: bytes, keys: Sequence[bytes], share: tuple[int, int], local: Extents
+    ) -> OpId:
+        """Have the node write bytes [first, first + size) of these page keys' pages into `local`, one row a page. The
+        end is told by `take_fetched`, under the number returned (below zero: it is no operation of the transport);
+        until then the node may write there."""
+        me, (first, size) = self._me, share
+        self._fetches += 1
+        op = OpId(-self._fetches * _ACCESSES - self._number)
+        addresses = tuple(int(row) for row in local.table[:, 0])
+        self._fetching.add(op)
+
+        def fetched(answer: pw.Fetched | None) -> None:
+            if answer is not None and op in self._fetching:  # no answer proves nothing
+                self._fetching.discard(op)
+                self._fetched.append((op, TransportError(answer.error) if answer.error else None))
+
+        joined = b"".join(keys)
+        self.link.ask(
+            lambda token: pw.Fetch(token, me.incarnation, me.rank, lease, namespace, joined, first, size, addresses),
+            pw.Fetched,
+            fetched,
+            float("inf"),
+        )
+        return op
+
+    def take_fetched(self) -> list[tuple[OpId, TransportError | None]]:
+        """Fetches that have ended: the node writes no more of them, or is no more."""
+        fetched, self._fetched = self._fetched, []
+        return fetched
 
     def _data_plane(self) -> tuple[Transport, PeerId]:
         if self._me.transport is None or self._peer is None or self.card is None:

@@ -17,6 +17,7 @@ from .faults import point
 from .index import Entry, PoolIndex
 from .leases import Leases
 from .publisher import Publisher
+from .pushing import Pushing
 from .tiering import Tiering
 from .waiting import WaitingCommit, WaitingPin
 
@@ -45,6 +46,7 @@ class Desk:
         write_lease_s: float,
         copying: Copying,
         replicas: Replicas,
+        pushing: Pushing,
     ) -> None:
         self.card = card
         self.namespaces: dict[bytes, str] = {}
@@ -53,7 +55,7 @@ class Desk:
         self._index, self._leases, self._clients = index, leases, clients
         self._tiering, self._publisher, self._send = tiering, publisher, send
         self._most_lease_s, self._write_lease_s = most_lease_s, write_lease_s
-        self._copying, self._replicas = copying, replicas
+        self._copying, self._replicas, self._pushing = copying, replicas, pushing
         self._pins: list[WaitingPin] = []
         self._commits: list[WaitingCommit] = []
         self._drains: list[tuple[bytes, int, bool]] = []
@@ -75,6 +77,8 @@ class Desk:
                 self._abandon(message)
             case pw.Pin():
                 self._pin(identity, message, now_s)
+            case pw.Fetch():
+                self._fetch(identity, message)
             case pw.Unpin():
                 self._unpin(message)
             case pw.Touch():
@@ -270,6 +274,13 @@ class Desk:
         below_s = self._tiering.promotion_s(below)
         pinned = pw.Pinned(message.token, lease, lease_s, size, pages, why, len(below), below_s)
         self._send(waiting.identity, pinned)
+
+    def _fetch(self, identity: bytes, message: pw.Fetch) -> None:
+        client = self._clients.find(message.incarnation, message.rank)
+        peer = client.transport_id if client is not None else None
+        keys = self._keys(message.namespace, message.keys)
+        held = self._leases.pinned(message.lease)
+        self._pushing.take(message, keys, list(held), peer, lambda answer: self._send(identity, answer))
 
     def _unpin(self, message: pw.Unpin) -> None:
         pinned = self._leases.pinned(message.lease)

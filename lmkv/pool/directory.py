@@ -129,6 +129,10 @@ class Directory:
         """True: it was the warming of a node."""
         return any(access.completed(op, error) for access in self._accesses.values())
 
+    def take_fetched(self) -> list[tuple[OpId, TransportError | None]]:
+        """Of all nodes: see `NodeAccess.fetch`."""
+        return [ended for access in self._accesses.values() for ended in access.take_fetched()]
+
     def peer_lost(self, peer: PeerId, reason: str) -> bool:
         return any(access.peer_lost(peer, reason) for access in self._accesses.values())
 

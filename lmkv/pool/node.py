@@ -35,6 +35,7 @@ from .leases import Leases
 from .memory import ArenaMemory, give, host_id, listen_for_sharers
 from .policy import make_policy
 from .publisher import Publisher, control_url
+from .pushing import Pushing
 from .settings import NodeSettings, default_share
 from .tiering import Tiering, TierSettings
 
@@ -107,6 +108,7 @@ class PoolNode:
             counters,
         )
         self._ending.callback(self._copying.close)
+        self._pushing = Pushing(self._index, self._memory, self._transport, counters)
         self._replicas = Replicas(self._context, settings.replicas)
         self._ending.callback(self._replicas.close)
         self.card = self._card(host, share)
@@ -122,6 +124,7 @@ class PoolNode:
             settings.write_lease_s,
             self._copying,
             self._replicas,
+            self._pushing,
         )
         self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         if self._etcd is not None:
@@ -316,7 +319,8 @@ class PoolNode:
             match event:
                 case Completion(op, error):
                     self._transport.release(op)
-                    if not self._copying.completed(op, error, time.monotonic()):
+                    ours = self._pushing.completed(op, error) or self._copying.completed(op, error, time.monotonic())
+                    if not ours:
                         self._clients.completed(op, error)
                 case PeerLost(peer, reason):
                     self._copying.peer_lost(peer, reason)

@@ -254,7 +254,7 @@ class WorkerLoop:
                 for request_id in command.request_ids:
                     self._pool.cancel(request_id)
             case Overwritten():
-                self._pool.drop(command.request_ids)
+                self._pool.drop(command.request_ids, now_s)
                 command.drained.set()
 
     def _take_letters(self, now_s: float) -> None:

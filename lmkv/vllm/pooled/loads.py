@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 import torch
 
 from lmkv.errors import LmkvError, TransportError
+from lmkv.hashing import page_key
 from lmkv.ids import Incarnation, RequestId
 from lmkv.pool.access import NodeAccess, Reach
-from lmkv.transport import OpId
+from lmkv.transport import Extents, OpId
 
 from ..specs import LoadReport, LoadSpec, PageSource
 from .shares import Shares
@@ -58,7 +59,8 @@ class _Read:
 
 
 class Loads:
-    """`find(incarnation)` is the ready access of a node; `clock` the monotonic time, for leases."""
+    """`find(incarnation)` is the ready access of a node; `clock` the monotonic time, for leases. `fetch`: nodes of
+    other hosts write into staging; otherwise it reads from there."""
 
     def __init__(
         self,
@@ -68,6 +70,7 @@ class Loads:
         arena: Callable[[NodeAccess], torch.Tensor],
         counters: Counter[str],
         clock: Callable[[], float],
+        fetch: bool = False,
     ) -> None:
         self._shares = shares
         self._staging = staging
@@ -75,6 +78,7 @@ class Loads:
         self._arena = arena
         self._counters = counters
         self._clock = clock
+        self._fetch = fetch and len(shares.groups) == 1 and staging.in_host_memory
         self._loads: deque[_Load] = deque()
         self._reads: dict[OpId, _Read] = {}
         self._reports: list[LoadReport] = []
@@ -139,8 +143,8 @@ class Loads:
     def _same_node(self, load: _Load, most: int) -> int:
         """How many pages from `next` on are of its node, `most` at most."""
         pages, lo = load.spec.pages, load.next
-        hi = lo
-        while hi < load.stop and hi - lo < most and pages[hi].node == pages[lo].node:
+        hi, here = lo, (pages[lo].node, pages[lo].lease)
+        while hi < load.stop and hi - lo < most and (pages[hi].node, pages[hi].lease) == here:
             hi += 1
         return hi
 
@@ -174,12 +178,19 @@ class Loads:
             rows += [(page.offsets[group] + share.offset_bytes, share.bytes) for page in load.spec.pages[lo:hi]]
             tables += [(slot, share.bytes) for slot in slots[group * whole : (group + 1) * whole]]
         try:
-            op = access.read(self._staging.rows(tables), rows)
+            here = self._staging.rows(tables)
+            op = self._fetched(load, access, lo, hi, here) if self._fetch else access.read(here, rows)
         except TransportError:
             self._staging.give_back(slots)
             raise
         load.next, load.flying = hi, load.flying + 1
         self._reads[op] = _Read(load, lo, hi, slots)
+
+    def _fetched(self, load: _Load, access: NodeAccess, lo: int, hi: int, here: Extents) -> OpId:
+        pages, share = load.spec.pages[lo:hi], self._shares.groups[0]
+        keys = [page_key(page.key, 0) for page in pages]
+        place = (share.offset_bytes, share.bytes)
+        return access.fetch(pages[0].lease, load.spec.namespace, keys, place, here)
 
     def completed(self, op: OpId, error: TransportError | None) -> bool:
         """True: it was one of ours."""

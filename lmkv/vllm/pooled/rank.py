@@ -93,8 +93,9 @@ class PoolRank:
             self._stores = Stores(
                 message.incarnation, self._rank, self._shares, self._staging, self._arena, self._counters
             )
+            fetch = settings.remote_load == "push"
             self._loads = Loads(
-                self._shares, self._staging, self._directory.find, self._arena, self._counters, time.monotonic
+                self._shares, self._staging, self._directory.find, self._arena, self._counters, time.monotonic, fetch
             )
         self._directory.declare(namespace_of(message.description), message.description)
 
@@ -122,10 +123,10 @@ class PoolRank:
         if self._loads is not None:
             self._loads.cancel(request_id)
 
-    def drop(self, request_ids: tuple[RequestId, ...]) -> None:
+    def drop(self, request_ids: tuple[RequestId, ...], now_s: float) -> None:
         """Nothing more is read from the blocks of these requests."""
         if self._stores is not None:
-            self._stores.drop(request_ids)
+            self._stores.drop(request_ids, now_s)
 
     def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
         """True: the operation was the pool's."""
@@ -188,6 +189,8 @@ class PoolRank:
             return
         self._directory.tick(now_s)
         self._tell_nodes(self._directory)
+        for op, error in self._directory.take_fetched():
+            self._loads.completed(op, error)
         if self._loads.active:
             self._loads.work(now_s)
         if not self._loads.has_work:

@@ -23,6 +23,10 @@ class Staging:
         kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
         return Region(int(self.data.data_ptr()), self.data.numel(), kind, device.index or 0, self.data)
 
+    @property
+    def in_host_memory(self) -> bool:
+        return bool(self.data.device.type == "cpu")
+
     def take(self, for_store: bool = False) -> int | None:
         if not self._free or (for_store and self._stores_left == 0):
             return None

@@ -33,6 +33,9 @@ PATIENCE_S = 5.0
 ANSWER_S = 30.0
 SLICE_BYTES = 16 << 20
 """So much is packed before transfers get their turn again."""
+SEND_BYTES = 4 << 20
+"""Less, where it is written over the data plane: while one slice travels the next is packed."""
+COMMIT_PAGES = 16
 MOST_QUEUED_CHUNKS = 8192
 
 
@@ -55,6 +58,10 @@ class _Job:
     until_s: float
     slots: list[tuple[int, pw.Slot]] = field(default_factory=list)
     """(chunk, slot) still to be packed."""
+    flying: int = 0
+    """Writes of it that have not ended."""
+    written: list[tuple[int, pw.Slot, Sums]] = field(default_factory=list)
+    """To be committed."""
 
     @property
     def spec(self) -> StoreSpec:
@@ -161,47 +168,49 @@ class Stores:
         else:
             self._packed(job)
 
-    def drop(self, request_ids: tuple[RequestId, ...]) -> None:
+    def drop(self, request_ids: tuple[RequestId, ...], now_s: float) -> None:
         """Their blocks are about to be overwritten: nothing more is read from them."""
         for job in [j for j in [*self._ready, *self._asked] if j.spec.request_id in request_ids]:
-            self._give_up(job, "preempted")
+            self._give_up(job, "preempted", now_s)
 
     # --- work ---
 
     def work(self, now_s: float) -> None:
         """Pack a slice. Call again while `has_work`."""
         for late in [j for j in [*self._ready, *self._asked] if now_s > j.until_s]:
-            self._give_up(late, "late")
+            self._give_up(late, "late", now_s)
         job = next((job for job in self._ready if self._workable(job)), None)
         if job is None:
             return
         if job.access.incarnation != job.node:
-            self._give_up(job, "node_lost")
+            self._give_up(job, "node_lost", now_s)
             return
         size = self._shares.groups[job.group].bytes
-        batch = job.slots[: max(1, SLICE_BYTES // size)]
+        slice_bytes = SLICE_BYTES if job.access.reach is Reach.LOCAL else SEND_BYTES
+        batch = job.slots[: max(1, slice_bytes // size)]
         try:
             if job.access.reach is Reach.LOCAL:
-                self._pack_here(job, batch, now_s)
+                self._pack_here(job, batch)
             else:
                 batch = self._pack_and_send(job, batch, size)
         except LmkvError as error:
             logger.warning("a store failed: %s", error)
-            self._give_up(job, "failed")
+            self._give_up(job, "failed", now_s)
             return
         del job.slots[: len(batch)]
         if not job.slots:
             self._ready.remove(job)
             self._packed(job)
+        self._commit_some(job, now_s)
 
     def _workable(self, job: _Job) -> bool:
         return job.access.reach is not Reach.REMOTE or job.access.incarnation != job.node or self._staging.can_store
 
-    def _pack_here(self, job: _Job, batch: list[tuple[int, pw.Slot]], now_s: float) -> None:
+    def _pack_here(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> None:
         share = self._shares.groups[job.group]
         offsets = [slot.offset + share.offset_bytes for _, slot in batch]
         sums = self._pack(job, batch, self._arena(job.access), offsets)
-        self._commit(job, batch, sums, now_s)
+        job.written += [(chunk, slot, own) for (chunk, slot), own in zip(batch, sums, strict=True)]
 
     def _pack_and_send(self, job: _Job, batch: list[tuple[int, pw.Slot]], size: int) -> list[tuple[int, pw.Slot]]:
         """Returns what there was staging for. Raises TransportError."""
@@ -218,6 +227,7 @@ class Stores:
             self._staging.give_back(slots)
             raise
         self._writes[op] = _Write(job, batch, sums, slots)
+        job.flying += 1
         return batch
 
     def _pack(self, job: _Job, batch: list[tuple[int, pw.Slot]], data: torch.Tensor, offsets: list[int]) -> list[Sums]:
@@ -231,12 +241,23 @@ class Stores:
         if write is None:
             return False
         self._staging.give_back(write.slots)
+        job = write.job
+        job.flying -= 1
         if error is None:
-            self._commit(write.job, write.chunks, write.sums, now_s)
+            job.written += [(c, s, sums) for (c, s), sums in zip(write.chunks, write.sums, strict=True)]
         else:
             self._counters["store:failed"] += len(write.chunks)
-            self._abandon(write.job, write.chunks)
+            self._abandon(job, write.chunks)
+        self._commit_some(job, now_s)
         return True
+
+    def _commit_some(self, job: _Job, now_s: float) -> None:
+        """Many pages with one message, or what is left."""
+        if len(job.written) < COMMIT_PAGES and (job.slots or job.flying):
+            return
+        written, job.written = job.written, []
+        if written:
+            self._commit(job, [(c, s) for c, s, _ in written], [sums for _, _, sums in written], now_s)
 
     def _commit(self, job: _Job, batch: list[tuple[int, pw.Slot]], sums: list[Sums], now_s: float) -> None:
         if job.access.incarnation != job.node:
@@ -263,11 +284,13 @@ class Stores:
 
     # --- ends ---
 
-    def _give_up(self, job: _Job, why: str) -> None:
+    def _give_up(self, job: _Job, why: str, now_s: float) -> None:
         self._counters[f"store:{why}"] += len(job.slots) if job in self._ready else len(job.spec.keys)
         if job in self._ready:
             self._ready.remove(job)
             self._abandon(job, job.slots)
+            job.slots = []
+            self._commit_some(job, now_s)  # what was packed before
         else:
             self._asked.remove(job)  # its slots are abandoned when the answer comes
         self._packed(job)
