@@ -24,6 +24,7 @@ from .tiers.base import CorruptError, PageMeta, StoreTier
 
 logger = logging.getLogger(__name__)
 
+FORGET = 0.95
 LANES = 8
 """Writes of a disk wait for its flushes, not for us: eight at a time share them."""
 
@@ -198,8 +199,12 @@ class Tiering:
 
     def promotion_s(self, entries: Sequence[Entry]) -> float:
         """About how long it takes to bring these up, from how long it has taken."""
+        if not entries:
+            return 0.0
         waits = [below.read_s * len(entries) / LANES for below in self._below]
-        return max(waits, default=0.0) if entries else 0.0
+        for below in self._below:  # who is told that it takes long may not try: without reads it would stay so for ever
+            below.read_s *= FORGET
+        return max(waits, default=0.0)
 
     def _read(self, entry: Entry, below: _Below) -> None:
         """On a lane."""

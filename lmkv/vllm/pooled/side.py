@@ -205,7 +205,10 @@ class PoolSide:
 
     def _promote(self, pooled: _Pooled, lookup: Lookup, computed_tokens: int) -> bool:
         """Wait for pages that lie in lower tiers, once, if they come up soon."""
-        if pooled.promoting or not lookup.below or lookup.below_s > self._settings.promote_s:
+        if pooled.promoting or not lookup.below:
+            return False
+        if lookup.below_s > self._settings.promote_s:
+            self._count("lookup:promotion_too_slow")
             return False
         tokens = (lookup.chunks + lookup.below) * self._settings.chunk_tokens
         if tokens - computed_tokens < self._settings.min_pool_tokens or not self._settings.promote_s:
