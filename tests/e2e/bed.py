@@ -184,12 +184,12 @@ class Node:
             assert time.monotonic() < deadline, f"{self.proc.name} is not ready:\n{self.proc.tail()}"
             time.sleep(0.05)
 
-    def stats(self) -> dict[str, Any]:
+    def ask(self, question: Callable[[int], pw.PoolMessage], kind: type[Any]) -> Any:
         context = zmq.Context()
         link = Link(context, self.address)
-        answers: list[pw.StatsAre | None] = []
+        answers: list[Any] = []
         try:
-            link.ask(pw.Stats, pw.StatsAre, answers.append, time.monotonic() + 5)
+            link.ask(question, kind, answers.append, time.monotonic() + 5)
             while not answers:
                 link.receive(time.monotonic())
                 time.sleep(0.001)
@@ -197,7 +197,10 @@ class Node:
             link.close()
             context.term()
         assert answers[0] is not None, f"{self.proc.name} does not answer:\n{self.proc.tail()}"
-        told: dict[str, Any] = json.loads(answers[0].stats)
+        return answers[0]
+
+    def stats(self) -> dict[str, Any]:
+        told: dict[str, Any] = json.loads(self.ask(pw.Stats, pw.StatsAre).stats)
         return told
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import numpy as np
 import pytest
 
+from lmkv import poolwire as pw
+from lmkv.hashing import Chain, page_key
+from lmkv.ids import Incarnation, Rank
 from lmkv.pool.memory import attach
 
 from .bed import PROSE, Client, Engine, Node, Reply, counters, eventually, stopping
@@ -128,7 +131,7 @@ async def test_a_flipped_bit_is_a_miss(pool: Pool, client: Client, page: int) ->
     prompt = await prompt_of(client, pool.a, f"The fifth case, part {page}", 600)
     own = await ask_stored(pool, client, pool.a, prompt)
     counts = pool.node.stats()["counters"]
-    flip_newest_page(pool, 4 - page)
+    flip(pool, prompt, page)
     before = await counters(pool.b)
     assert (await client.complete(pool.b.url, prompt)).text == own.text
     assert await gained(pool.b, before, "loaded_tokens") == page * CHUNK
@@ -142,16 +145,19 @@ async def test_a_flipped_bit_is_a_miss(pool: Pool, client: Client, page: int) ->
     assert (await client.complete(pool.b.url, prompt)).text == own.text
 
 
-def flip_newest_page(pool: Pool, back: int) -> None:
-    """One bit in the middle of the page stored `back` pages before the end of the slots in use."""
-    memory, connection = attach(str(pool.share), b'{"incarnation": "0000000000000000", "rank": 0}')
+def flip(pool: Pool, prompt: list[int], chunk: int) -> None:
+    """One bit in the middle of the page that holds this chunk of the prompt."""
+    (space,) = pool.node.stats()["namespaces"]
+    namespace = bytes.fromhex(space)
+    key = page_key(Chain(namespace, CHUNK).extend(prompt)[chunk], 0)
+    me, nobody = Incarnation("00000000000000ff"), Rank(9)
+    pinned = pool.node.ask(lambda token: pw.Pin(token, me, nobody, namespace, key, 5.0), pw.Pinned)
+    memory, connection = attach(str(pool.share), json.dumps({"incarnation": me, "rank": nobody}).encode())
     try:
-        page_bytes = 128 * 30 * 3 * 128 * 4
-        used = np.flatnonzero(memory.data.reshape(-1, 4096).any(axis=1))
-        last = int(used[-1]) * 4096 // page_bytes * page_bytes
-        memory.data[last - (back - 1) * page_bytes + page_bytes // 2] ^= 0x10
+        page_bytes = CHUNK * 30 * 3 * 128 * 4
+        memory.data[pinned.pages[0].offset + page_bytes // 2] ^= 0x10
     finally:
-        connection.close()
+        connection.close()  # which also ends the pin: its reader is gone
 
 
 async def test_an_approximate_request_leaves_nothing(pool: Pool, client: Client) -> None:
