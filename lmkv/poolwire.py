@@ -68,13 +68,6 @@ class Declare(_Message, frozen=True):
     description: str
 
 
-class PoolBeat(_Message, frozen=True):
-    """Client to node, one-way: alive. (Leases are not renewed by it.)"""
-
-    incarnation: Incarnation
-    rank: Rank
-
-
 class Reserve(_Message, frozen=True):
     """Slots for pages of `page_bytes`, to be written in `shards` shares; the sender writes share `shard`. All ranks of
     one writer (incarnation) get the same slots, each once: who asks again for what it has is told BUSY. Nothing is
@@ -368,7 +361,7 @@ class Unreadable(_Message, frozen=True):
 
 
 PoolMessage = (
-    PoolHello | PoolWelcome | Declare | PoolBeat | Reserve | Reserved | Commit | Committed | Abandon | Pin
+    PoolHello | PoolWelcome | Declare | Reserve | Reserved | Commit | Committed | Abandon | Pin
     | Pinned | Fetch | Fetched | Unpin | Touch | Drop | Demote | Dropped | Drain | Drained | ListKeys | Keys
     | Replicate | Replicated | Stats | StatsAre | Snapshot | SnapshotPart | Events | NodeBeat | Members
     | MembersAre | Lookup | Found | Unreadable

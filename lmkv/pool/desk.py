@@ -65,8 +65,6 @@ class Desk:
         match message:
             case pw.PoolHello():
                 self._hello(identity, message, now_s)
-            case pw.PoolBeat():
-                self._clients.heard(message.incarnation, message.rank, now_s)
             case pw.Declare():
                 self._declare(message.namespace, message.description)
             case pw.Reserve():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tempfile
@@ -11,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
-from lmkv.errors import ConfigError
+from lmkv.settings import CommandSettings, refuse_unknown, split_list, wrong_value
 
 from .faults import VARIABLE as FAULTS
 
@@ -32,7 +31,7 @@ def parse_bytes(text: str | int) -> int:
     return int(float(found[1]) * _SIZES[found[2].upper()])
 
 
-class NodeSettings(BaseSettings):
+class NodeSettings(CommandSettings):
     """Sizes in bytes (or as text, 8GiB), times in seconds."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
@@ -79,39 +78,17 @@ class NodeSettings(BaseSettings):
     @field_validator("controller", "replicas", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+        return split_list(value)
 
 
 def node_settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> NodeSettings:
     """`given`: what stood on the command line. Raises ConfigError naming the setting, its value and what to do."""
     known = {f"{ENV_PREFIX}{name.upper()}" for name in NodeSettings.model_fields} | {FAULTS}
-    for variable in environ:
-        if variable.startswith(ENV_PREFIX) and variable not in known:
-            near = difflib.get_close_matches(variable, sorted(known), n=1)
-            raise ConfigError(
-                f"environment variable {variable!r} is no setting of a pool node",
-                hint=f"did you mean {near[0]!r}?" if near else "remove it, or see lmkv pool --help",
-            )
+    refuse_unknown(environ, ENV_PREFIX, known, "a pool node", "lmkv pool", "LMKV-C100")
     try:
         return NodeSettings(**given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = str(problem["loc"][0]) if problem["loc"] else "?"
-        raise ConfigError(
-            f"setting {name!r} has the value {problem.get('input')!r}: {problem['msg']}",
-            hint=f"correct --{name.replace('_', '-')} or {ENV_PREFIX}{name.upper()}",
-        ) from error
+        raise wrong_value(error, ENV_PREFIX) from error
 
 
 def default_share(incarnation: str) -> str:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from lmkv.errors import ConfigError
+from lmkv.settings import CommandSettings, refuse_unknown, split_list, wrong_value
 
 from .policy import PolicyName
 
 ENV_PREFIX = "LMKV_ROUTER_"
 
 
-class RouterSettings(BaseSettings):
+class RouterSettings(CommandSettings):
     """Times in seconds. Lists come from the environment separated by commas."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
@@ -53,41 +53,17 @@ class RouterSettings(BaseSettings):
     @field_validator("prefill", "decode", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings
+        return split_list(value)
 
 
 def router_settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> RouterSettings:
     """`given`: what stood on the command line. Raises ConfigError naming the setting, its value and what to do."""
     known = {f"{ENV_PREFIX}{name.upper()}" for name in RouterSettings.model_fields}
-    for variable in environ:
-        if variable.startswith(ENV_PREFIX) and variable not in known:
-            near = difflib.get_close_matches(variable, sorted(known), n=1)
-            raise ConfigError(
-                f"environment variable {variable!r} is no setting of the router",
-                hint=f"did you mean {near[0]!r}?" if near else "remove it, or see lmkv router --help",
-                code="LMKV-C102",
-            )
+    refuse_unknown(environ, ENV_PREFIX, known, "the router", "lmkv router", "LMKV-C102")
     try:
         settings = RouterSettings(**given)
     except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        option = name.replace("_", "-")
-        raise ConfigError(
-            f"setting {name!r} has the value {problem.get('input')!r}: {problem['msg']}",
-            hint=f"correct --{option} or {ENV_PREFIX}{name.upper()}",
-        ) from error
+        raise wrong_value(error, ENV_PREFIX) from error
     if settings.engine_api_key is not None and settings.api_key is None:
         raise ConfigError(
             "engine_api_key is set but api_key is not: clients' own keys would be replaced without being checked",

@@ -18,6 +18,7 @@ from lmkv.obs.ledger import LedgerBook
 from .metadata import StepMeta
 from .params import RequestParams
 from .specs import BlockRange, OfferSpec, Push
+from .steps import scheduled
 
 _REMEMBERED = 4096
 
@@ -74,10 +75,7 @@ class PrefillSide:
             if preempted is not None and preempted.announced and not preempted.done:
                 meta.preempted.append(preempted.transfer_id)
                 preempted.next_block = (0,) * len(self._block_tokens)
-        for new in output.scheduled_new_reqs:
-            self._advance(meta, output, new.req_id, new.num_computed_tokens)
-        cached = output.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        for request_id, computed in scheduled(output):
             self._advance(meta, output, request_id, computed)
 
     def _advance(self, meta: StepMeta, output: Any, request_id: RequestId, before: int) -> None:

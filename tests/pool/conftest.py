@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import HealthCheck, Phase, settings
+
+from tests.pool.bed import NodeThread, User
 
 COMMON = settings(
     deadline=None,
@@ -15,3 +20,17 @@ COMMON = settings(
 settings.register_profile("ci", COMMON, derandomize=True)
 settings.register_profile("soak", COMMON, max_examples=4000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[NodeThread]:
+    found = NodeThread(tmp_path)
+    yield found
+    found.end()
+
+
+@pytest.fixture
+def user(node: NodeThread) -> Iterator[User]:
+    found = User(node.address)
+    yield found
+    found.close()

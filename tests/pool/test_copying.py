@@ -2,47 +2,34 @@
 
 from __future__ import annotations
 
-import queue
 import secrets
 import shutil
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lmkv import poolwire as pw
 from lmkv.pool.node import PoolNode
-from lmkv.pool.settings import node_settings
 from lmkv.poolwire import Ack
 
+from .bed import NodeThread
 from .user import NAMESPACE, PoolUser, make_key
 
 PAGE_BYTES = 64 << 10
 
 
 @contextmanager
-def running(tmp_path: Path, **more: object) -> Iterator[PoolNode]:
-    given = {"listen": "tcp://127.0.0.1:0", "capacity": "8MiB", "transport": "none", "huge": False, **more}
-    given.setdefault("share", str(tmp_path / f"{secrets.token_hex(4)}.sock"))
-    ready: queue.Queue[PoolNode] = queue.Queue()
-
-    def run() -> None:
-        node = PoolNode(node_settings(given, {}))
-        node.run(lambda: ready.put(node))
-
-    thread = threading.Thread(target=run, name="node")
-    thread.start()
-    node = ready.get(timeout=20)
+def running(tmp_path: Path, **more: Any) -> Iterator[PoolNode]:
+    thread = NodeThread(tmp_path, capacity="8MiB", **more)
     try:
-        yield node
+        yield thread.node
     finally:
-        node.stop()
-        thread.join(20)
-        assert not thread.is_alive()
+        thread.end()
 
 
 @pytest.mark.parametrize("plane", ["map", "tcp", "nixl"])

@@ -19,20 +19,6 @@ from tests.pool.bed import PAGE, PAGES, SPACE, NodeProcess, NodeThread, User, co
 PLANES = ("", "tcp://127.0.0.1", "nixl://?progress=event")
 
 
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[NodeThread]:
-    found = NodeThread(tmp_path)
-    yield found
-    found.end()
-
-
-@pytest.fixture
-def user(node: NodeThread) -> Iterator[User]:
-    found = User(node.address)
-    yield found
-    found.close()
-
-
 @pytest.fixture(scope="module", params=PLANES, ids=["mapped", "tcp", "nixl"])
 def plane(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,6 @@ from lmkv.errors import ConfigError
 from lmkv.pool.access import Reach
 from lmkv.poolwire import Refusal, Slot, Tier
 from tests.pool.bed import PAGES, SPACE, NodeProcess, NodeThread, User, content, until, using
-
-
-@pytest.fixture
-def node(tmp_path: Path) -> Iterator[NodeThread]:
-    found = NodeThread(tmp_path)
-    yield found
-    found.end()
-
-
-@pytest.fixture
-def user(node: NodeThread) -> Iterator[User]:
-    found = User(node.address)
-    yield found
-    found.close()
-
 
 # --- events and snapshots ---
 

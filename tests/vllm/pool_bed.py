@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import secrets
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,13 +20,14 @@ from lmkv.hashing import Chain, Manifest, page_key
 from lmkv.ids import Incarnation, Rank, RequestId
 from lmkv.pool.access import NodeAccess
 from lmkv.pool.node import PoolNode
-from lmkv.pool.settings import node_settings
+from lmkv.pool.settings import NodeSettings
 from lmkv.transport import Completion, PeerLost, open_transport
 from lmkv.vllm import memory
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.pooled.rank import PoolRank, open_pool
 from lmkv.vllm.specs import BlockRange, LoadReport, LoadSpec, PageSource, StoreSpec
 from lmkv.wire import PoolName
+from tests.pool.bed import NodeThread
 
 LAYERS, HEADS, HEAD_SIZE, CHUNK = 3, 2, 32, 64
 PAGE_BYTES = LAYERS * HEADS * CHUNK * 2 * HEAD_SIZE * 4
@@ -48,24 +47,13 @@ class FullAttentionSpec:
 @contextlib.contextmanager
 def running_node(tmp_path: Path, tiers: Any = None, **more: object) -> Iterator[PoolNode]:
     """In a thread; its transport belongs to it. `tiers`: lmkv.pool.serve.open_tiers."""
-    given = {"listen": "tcp://127.0.0.1:0", "capacity": "16MiB", "transport": "none", "huge": False, **more}
-    given.setdefault("share", str(tmp_path / f"{secrets.token_hex(4)}.sock"))
-    ready: queue.Queue[PoolNode] = queue.Queue()
-
-    def run() -> None:
-        settings = node_settings(given, {})
-        node = PoolNode(settings, lambda evicted: tiers(settings, evicted) if tiers else [])
-        node.run(lambda: ready.put(node))
-
-    thread = threading.Thread(target=run, name="node")
-    thread.start()
-    node = ready.get(timeout=20)
+    given = {"capacity": "16MiB", **more}
+    opened = None if tiers is None else lambda evicted: tiers(NodeSettings(**given), evicted)
+    thread = NodeThread(tmp_path, opened, **given)
     try:
-        yield node
+        yield thread.node
     finally:
-        node.stop()
-        thread.join(20)
-        assert not thread.is_alive()
+        thread.end()
 
 
 class RankBed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -97,7 +97,6 @@ class Lookups:
         self._usable: dict[Incarnation, bool] = {}
         self._names: deque[tuple[bytes, str]] = deque()
         self._open: list[Lookup] = []
-        self.counters: Counter[str] = Counter()
         self._thread = threading.Thread(target=self._run, name="lmkv-lookups", daemon=True)
         self._incarnation = Incarnation("")
         self._directory: Directory | None = None

@@ -20,6 +20,7 @@ from lmkv.ids import Incarnation, Rank, RequestId
 from lmkv.obs.ledger import LedgerBook
 
 from ..specs import BlockRange, LoadReport, LoadSpec, StoreSpec
+from ..steps import scheduled
 from .adapters import Adapters
 from .cost import Costs
 from .lookup import Lease, Lookup, Lookups
@@ -275,10 +276,7 @@ class PoolSide:
             pooled = self._requests.get(request_id)
             if pooled is not None and pooled.stored:
                 meta.overwritten.append(request_id)
-        for new in output.scheduled_new_reqs:
-            self._advance(meta, output, new.req_id, new.num_computed_tokens)
-        cached = output.scheduled_cached_reqs
-        for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        for request_id, computed in scheduled(output):
             self._advance(meta, output, request_id, computed)
 
     def _advance(self, meta: StepMeta, output: Any, request_id: RequestId, before: int) -> None:
