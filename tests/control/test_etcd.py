@@ -6,7 +6,6 @@ import base64
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -19,17 +18,13 @@ from lmkv.control.controller import ControllerSettings
 from lmkv.control.etcd import EtcdError, EtcdMembership, _Any
 from lmkv.control.follow import EXACT
 from lmkv.errors import ConfigError
+from tests.ports import free_port
 
 from .fake_node import FakeNode
 from .model import make_card
 from .test_controller import QUICK, Running, keys, pages, until
 
 PREFIX = "/lmkv/test"
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 class Etcd:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,24 +23,12 @@ import zmq
 from lmkv import poolwire as pw
 from lmkv.control.client import ControlClient
 from lmkv.pool.link import Link
+from tests.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("LMKV_MODELS", ROOT / "models"))
 START_S = 600.0
 PROSE = (ROOT / "scripts" / "demo_prompt.txt").read_text()
-
-
-def free_port() -> int:
-    """A port that is free now, as is the one 10000 above (the control address)."""
-    while True:
-        with socket.socket() as low, socket.socket() as high:
-            low.bind(("127.0.0.1", 0))
-            port = int(low.getsockname()[1])
-            if port > 50000:
-                continue
-            with contextlib.suppress(OSError):
-                high.bind(("127.0.0.1", port + 10000))
-                return port
 
 
 @dataclass(slots=True)
@@ -95,7 +82,7 @@ class Engine:
     def start(
         cls, name: str, role: str, run: Path, *args: str, model: str, core: str = "", env: dict[str, str] | None = None
     ) -> Engine:
-        port = free_port()
+        port = free_port(10_000)
         ready = run / f"{name}.ready"
         ready.unlink(missing_ok=True)
         variables = {
@@ -140,7 +127,7 @@ class Router:
 
     @classmethod
     def start(cls, name: str, run: Path, prefill: Sequence[Engine], decode: Sequence[Engine], *args: str) -> Router:
-        port = free_port()
+        port = free_port(10_000)
         command = [sys.executable, str(ROOT / "scripts/router.py"), "--port", str(port), *args]
         for engine in prefill:
             command += ["--prefill", engine.url]

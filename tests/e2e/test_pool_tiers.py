@@ -16,8 +16,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from lmkv.control.admin import Admin
+from tests.ports import free_port
 
-from .bed import PROSE, ROOT, Client, Engine, Node, Proc, Reply, counters, eventually, free_port, spawn, stopping
+from .bed import PROSE, ROOT, Client, Engine, Node, Proc, Reply, counters, eventually, spawn, stopping
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

@@ -17,8 +17,9 @@ import pytest
 from lmkv.control.admin import Admin
 from lmkv.control.client import ControlClient
 from lmkv.up import commands
+from tests.ports import free_port
 
-from .bed import MODELS, PROSE, Client, Proc, eventually, free_port, spawn
+from .bed import MODELS, PROSE, Client, Proc, eventually, spawn
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 

@@ -152,7 +152,7 @@ def test_a_source_that_is_gone_gives_nothing(tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("etcd") is None, reason="no etcd here: apt-get install etcd-server")
 def test_a_node_registers_with_etcd(tmp_path: Path) -> None:
     from lmkv.control.etcd import EtcdMembership
-    from tests.e2e.bed import free_port
+    from tests.ports import free_port
 
     port, peer = free_port(), free_port()
     url = f"http://127.0.0.1:{port}"

@@ -50,7 +50,7 @@ known: dict[str, Any] = {}
 def record(**facts: Any) -> None:
     known.update(facts)
     if path := os.environ.get("FAKE_ENGINE_RECORD"):
-        part = Path(path + ".part")
+        part = Path(f"{path}.{os.getpid()}.part")  # two engines may record at once
         part.write_text(json.dumps(known))
         part.rename(path)
 

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -95,21 +94,3 @@ def until(done: Callable[[], object], what: Callable[[], str] | str, deadline_s:
         if time.monotonic() >= give_up_s:
             raise AssertionError(what if isinstance(what, str) else what())
         time.sleep(0.02)
-
-
-def free_port(*above: int) -> int:
-    """A port that is free, and so are those `above` it by that much."""
-    for _ in range(200):
-        with contextlib.ExitStack() as probes:
-            first = probes.enter_context(socket.socket())
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            if port + max(above, default=0) > 65535:
-                continue
-            try:
-                for distance in above:
-                    probes.enter_context(socket.socket()).bind(("127.0.0.1", port + distance))
-            except OSError:
-                continue
-            return port
-    raise AssertionError(f"no free port with {above} above it")

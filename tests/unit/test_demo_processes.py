@@ -14,7 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from script_bed import SCRIPTS, Bed, ended, free_port, until
+from script_bed import SCRIPTS, Bed, ended, until
+
+from tests.ports import free_port
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from script_bed import Bed, ended, free_port, until
+from script_bed import Bed, ended, until
 
 from lmkv.errors import ConfigError
 from lmkv.up import commands, machine
 from lmkv.up.children import STOP_DEADLINE_S, ChildError
 from lmkv.up.machine import Machine
 from lmkv.up.plan import Plan, Process
+from tests.ports import free_port
 
 # --- the order of starting and ending, with shell scripts for processes -----------------------------------------------
 
@@ -163,8 +164,10 @@ WHOLE = ("--engines", "2", "--pool-capacity", "16MiB")
 
 
 def first_line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
+    assert process.stdout is not None and process.stderr is not None
+    line = process.stdout.readline().strip()
+    assert line, process.stderr.read()
+    return line
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from script_bed import free_port
-
 from lmkv.errors import ConfigError
 from lmkv.up import commands, places, plan
 from lmkv.up.plan import Options, Plan, Process, make_plan
+from tests.ports import free_port
 
 
 @pytest.fixture
