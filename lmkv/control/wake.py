@@ -1,8 +1,10 @@
-"""An eventfd that wakes a poll loop from another thread."""
+"""How a loop waits: for descriptors, for another thread (an eventfd), for less than a millisecond."""
 
 from __future__ import annotations
 
 import os
+import select
+import time
 
 
 class Wake:
@@ -22,3 +24,11 @@ class Wake:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def wait(poller: select.poll, seconds: float) -> list[tuple[int, int]]:
+    """`poller.poll`, which knows whole milliseconds only. A shorter pause is slept; what comes meanwhile waits for it."""
+    if 0 < seconds < 0.001:
+        time.sleep(seconds)
+        seconds = 0.0
+    return poller.poll(max(0.0, seconds) * 1000)

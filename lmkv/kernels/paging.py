@@ -91,17 +91,13 @@ class PageShare:
         found: list[list[int]] = [[] for _ in chunks]
         for run in runs(chunks, offsets):
             tokens = self._tokens(run)
+            ids = np.arange(run.count)
+            # The same for every head: cuts depend on the sizes of blocks only.
+            table = segments(
+                source.geometry, self.whole, blocks, ids, tokens, source_first=first_token, target_first=tokens[0]
+            )
             for head in range(self.caches.heads):
                 pages = self._cache(data, run, head)
-                table = segments(
-                    source.geometry,
-                    pages.geometry,
-                    blocks,
-                    np.arange(run.count),
-                    tokens,
-                    source_first=first_token,
-                    target_first=tokens[0],
-                )
                 for i, value in enumerate(_unsigned(pack_pages(source, pages, table))):
                     found[run.index + i].append(value)
         return [tuple(sums) for sums in found]
@@ -124,17 +120,12 @@ class PageShare:
                 self._unpack_cut(data, run, target, blocks, first_token, from_token, found)
                 continue
             tokens = self._tokens(run)
+            ids = np.arange(run.count)
+            table = segments(
+                self.whole, target.geometry, ids, blocks, tokens, source_first=tokens[0], target_first=first_token
+            )
             for head in range(self.caches.heads):
                 pages = self._cache(data, run, head)
-                table = segments(
-                    pages.geometry,
-                    target.geometry,
-                    np.arange(run.count),
-                    blocks,
-                    tokens,
-                    source_first=tokens[0],
-                    target_first=first_token,
-                )
                 for i, value in enumerate(_unsigned(unpack_pages(pages, target, table))):
                     found[run.index + i].append(value)
         return [tuple(sums) for sums in found]
@@ -152,10 +143,10 @@ class PageShare:
         whole = msgspec.structs.replace(self._share(), blocks=run.count)
         copy = Cache.empty(whole, data.device)
         tokens = self._tokens(run)
+        ids = np.arange(run.count)
+        table = segments(whole, whole, ids, ids, tokens, source_first=tokens[0], target_first=tokens[0])
         for head in range(self.caches.heads):
             pages = self._cache(data, run, head)
-            ids = np.arange(run.count)
-            table = segments(pages.geometry, whole, ids, ids, tokens, source_first=tokens[0], target_first=tokens[0])
             for i, value in enumerate(_unsigned(unpack_pages(pages, copy, table))):
                 found[run.index + i].append(value)
         wanted = (max(tokens[0], from_token), tokens[1])

@@ -23,6 +23,8 @@ from .index import Writer
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4096
+MOVING_S = 0.1
+"""So long after a client on the data plane has asked for slots or pages its bytes are expected to move."""
 PROBE_EVERY_S = 1.0
 """As long as a client is silent. What it may still write to stays in quarantine."""
 
@@ -49,6 +51,7 @@ class Clients:
         self._clients: dict[Writer, Client] = {}
         self._by_transport: dict[PeerId, Writer] = {}
         self._probes: dict[OpId, Writer] = {}
+        self._moved_s = float("-inf")
         self._zeros = np.zeros(SCRATCH_BYTES, dtype=np.uint8)
         if transport is not None:
             transport.register(Region(self._zeros.ctypes.data, SCRATCH_BYTES, owner=self._zeros))
@@ -120,6 +123,16 @@ class Clients:
         if client is not None and connection in client.shares:
             client.shares.remove(connection)
             self._dead(client, "its process has ended")
+
+    def moves(self, incarnation: Incarnation, rank: Rank, now_s: float) -> None:
+        """The client has asked for what makes bytes move."""
+        client = self._clients.get((incarnation, rank))
+        if client is not None and client.transport_id is not None:
+            self._moved_s = now_s
+
+    def are_moving(self, now_s: float) -> bool:
+        """Over the data plane."""
+        return now_s - self._moved_s < MOVING_S
 
     def heard(self, incarnation: Incarnation, rank: Rank, now_s: float) -> bool:
         """False: it has not said hello (to this incarnation of the node)."""

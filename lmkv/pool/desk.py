@@ -62,6 +62,8 @@ class Desk:
 
     def take(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
         """Raises WireError for what cannot be answered; the caller tells the sender."""
+        if isinstance(message, pw.Reserve | pw.Commit | pw.Pin | pw.Fetch):
+            self._clients.moves(message.incarnation, message.rank, now_s)
         match message:
             case pw.PoolHello():
                 self._hello(identity, message, now_s)

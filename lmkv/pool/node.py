@@ -21,7 +21,7 @@ import zmq
 from lmkv import poolwire as pw
 from lmkv.control.etcd import EtcdMembership
 from lmkv.control.mailbox import split_address
-from lmkv.control.wake import Wake
+from lmkv.control.wake import Wake, wait
 from lmkv.errors import ConfigError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
 from lmkv.transport import Completion, PeerLost, Region, Transport, open_transport
@@ -43,6 +43,11 @@ logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 BUSY_S = 0.001
+PACE_S = 0.00001
+"""A data plane without descriptors or a thread of its own is polled this often while bytes are moving (UCX takes some
+100 kB from a TCP socket with one poll)."""
+REMOTE_S = 0.005
+"""And so often while its clients do nothing."""
 MOST_LETTERS = 512
 MOST_MESSAGE_BYTES = 16 << 20
 
@@ -231,8 +236,8 @@ class PoolNode:
             # What was sent since may have taken the wake-up of what has come (the socket's descriptor tells only once).
             more = more or bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
             waits = (self._desk.next_s(now_s), self._copying.next_s(now_s), self._replicas.next_s(now_s))
-            pause_s = 0.0 if more else min(self._pause_s(), *waits)
-            ready = {fd for fd, _ in poller.poll(max(0.0, pause_s) * 1000)}
+            pause_s = 0.0 if more else min(self._pause_s(now_s), *waits)
+            ready = {fd for fd, _ in wait(poller, pause_s)}
             self._wake.clear()
             now_s = time.monotonic()
             if self._stop.is_set() and until_s == float("inf"):
@@ -246,13 +251,16 @@ class PoolNode:
             self._take_events()
             self._tend(now_s)
 
-    def _pause_s(self) -> float:
+    def _pause_s(self, now_s: float) -> float:
         """A data plane without descriptors makes progress on a thread of its own (progress=event), or by our polls."""
         data = self._transport
         if data is None:
             return TICK_S
-        polled = not data.fds() and getattr(data, "progress", "poll") == "poll"
-        return BUSY_S if data.in_flight or (polled and self._clients.remote) else TICK_S
+        if data.fds() or getattr(data, "progress", "poll") != "poll":
+            return BUSY_S if data.in_flight else TICK_S
+        if self._clients.are_moving(now_s):
+            return PACE_S
+        return BUSY_S if data.in_flight else REMOTE_S if self._clients.remote else TICK_S
 
     def _tend(self, now_s: float) -> None:
         assert self._tiering is not None

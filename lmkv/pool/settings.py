@@ -43,7 +43,7 @@ class NodeSettings(CommandSettings):
     huge: bool = Field(True, description="use huge pages if there are enough free ones")
     prefault: bool = Field(True, description="take the arena's memory at the start; otherwise as it is used")
     share: str = Field("", description="Unix socket that lets processes of this host map the arena; none: not at all")
-    transport: str = Field("nixl://?progress=event", description="data plane for other hosts; none: this host only")
+    transport: str = Field("nixl://", description="data plane for other hosts; none: this host only")
     policy: Literal["s3fifo", "lru"] = Field("lru", description="what is evicted first")
     write_lease_s: float = Field(30.0, gt=0, description="a reserved slot has to be written within this time")
     pin_share: float = Field(0.5, gt=0, le=0.9, description="at most this part of the arena may be pinned")

@@ -18,7 +18,7 @@ import zmq
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
-from lmkv.control.wake import Wake
+from lmkv.control.wake import Wake, wait
 from lmkv.errors import LmkvError, WireError
 from lmkv.ids import Rank
 from lmkv.transfer import events as ev
@@ -48,11 +48,12 @@ from .sending import Sending
 
 logger = logging.getLogger(__name__)
 
+PACE_S = 0.00005
 BUSY_S = 0.001
 SLOW_S = 0.008
 IDLE_S = 0.05
-"""A data plane without descriptors is polled this often: while something is expected, while writes take long, and
-otherwise."""
+"""A data plane without descriptors is polled this often: while pages are loaded, while something is expected, while
+writes take long, and otherwise."""
 LONG_S = 0.005
 """A rank that only sends and has seen no write end for so long has a slow link. To look every millisecond would then
 push a few packets at a time, and cost the engine on the same core a tenth of its speed."""
@@ -170,7 +171,7 @@ class WorkerLoop:
             poller.register(descriptor, select.POLLIN)
         while not self._stopping.is_set():
             self._watch_pool(poller)
-            poller.poll(self._timeout_s(bool(descriptors)) * 1000)
+            wait(poller, self._timeout_s(bool(descriptors)))
             self._wake.clear()
             now_s = time.monotonic()
             if self._transport.in_flight == 0:
@@ -208,6 +209,8 @@ class WorkerLoop:
 
     def _pause_s(self, now_s: float) -> float:
         """Between two polls of a data plane without descriptors."""
+        if self._pool is not None and self._pool.hurries(now_s):
+            return PACE_S
         if self._receiving.active or self._peers.warming or (self._pool is not None and self._pool.waiting):
             return BUSY_S
         if self._transport.in_flight == 0:

@@ -27,8 +27,10 @@ from .staging import Staging
 logger = logging.getLogger(__name__)
 
 SLICE_BYTES = 16 << 20
-READ_BYTES = 8 << 20
+READ_BYTES = 12 << 20
 """So much is read with one operation, if so many pages of a node follow each other."""
+
+HURRY_S = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -86,6 +88,10 @@ class Loads:
     @property
     def active(self) -> bool:
         return bool(self._loads)
+
+    def hurries(self, now_s: float) -> bool:
+        """Bytes are on their way here, and have not been for long: on a slow link there is no hurry."""
+        return bool(self._reads) and any(now_s - load.started_s < HURRY_S for load in self._loads)
 
     @property
     def has_work(self) -> bool:
@@ -164,9 +170,7 @@ class Loads:
         """Raises TransportError."""
         groups = self._shares.groups
         lo, hi = load.next, self._same_node(load, max(1, READ_BYTES // self._page_bytes()))
-        slots: list[int] = []
-        while len(slots) < (hi - lo) * len(groups) and (slot := self._staging.take()) is not None:
-            slots.append(slot)
+        slots = self._staging.take((hi - lo) * len(groups))
         whole = len(slots) // len(groups)
         self._staging.give_back(slots[whole * len(groups) :])
         del slots[whole * len(groups) :]

@@ -158,6 +158,10 @@ class PoolRank:
         """Something of ours is in flight, or to be expected at once."""
         return self._loads is not None and self._loads.active
 
+    def hurries(self, now_s: float) -> bool:
+        """Bytes of a load are arriving, and should be taken at once."""
+        return self._loads is not None and self._loads.hurries(now_s)
+
     def take_packed(self) -> list[RequestId]:
         """One entry for each stored spec whose blocks are read no more."""
         unstored, self._unstored = self._unstored, []

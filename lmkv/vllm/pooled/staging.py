@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+
 import torch
 
 from lmkv.transport import Extents, MemoryKind, Region
@@ -14,7 +16,8 @@ class Staging:
         self.slot_bytes = -(-slot_bytes // 4096) * 4096
         self.count = staging_bytes // self.slot_bytes
         self.data = torch.empty(self.count * self.slot_bytes, dtype=torch.uint8, device=device)
-        self._free = list(range(self.count - 1, -1, -1))
+        self._free = list(range(self.count))
+        """A heap: the lowest are taken first, so that they follow each other in memory, and stay in the caches."""
         self._stores_left = max(1, self.count // 2)
         self._of_stores: set[int] = set()
 
@@ -27,14 +30,14 @@ class Staging:
     def in_host_memory(self) -> bool:
         return bool(self.data.device.type == "cpu")
 
-    def take(self, for_store: bool = False) -> int | None:
-        if not self._free or (for_store and self._stores_left == 0):
-            return None
-        slot = self._free.pop()
+    def take(self, most: int, for_store: bool = False) -> list[int]:
+        """As many as there are, `most` at most, in ascending order."""
+        count = min(most, len(self._free), self._stores_left if for_store else most)
+        slots = [heapq.heappop(self._free) for _ in range(count)]
         if for_store:
-            self._stores_left -= 1
-            self._of_stores.add(slot)
-        return slot
+            self._stores_left -= count
+            self._of_stores.update(slots)
+        return slots
 
     def give_back(self, slots: list[int]) -> None:
         """Nothing reads or writes them any more."""
@@ -42,7 +45,7 @@ class Staging:
             if slot in self._of_stores:
                 self._of_stores.discard(slot)
                 self._stores_left += 1
-            self._free.append(slot)
+            heapq.heappush(self._free, slot)
 
     @property
     def idle(self) -> bool:

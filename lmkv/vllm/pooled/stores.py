@@ -33,7 +33,7 @@ PATIENCE_S = 5.0
 ANSWER_S = 30.0
 SLICE_BYTES = 16 << 20
 """So much is packed before transfers get their turn again."""
-SEND_BYTES = 4 << 20
+SEND_BYTES = 16 << 20
 """Less, where it is written over the data plane: while one slice travels the next is packed."""
 COMMIT_PAGES = 16
 MOST_QUEUED_CHUNKS = 8192
@@ -214,9 +214,7 @@ class Stores:
 
     def _pack_and_send(self, job: _Job, batch: list[tuple[int, pw.Slot]], size: int) -> list[tuple[int, pw.Slot]]:
         """Returns what there was staging for. Raises TransportError."""
-        slots: list[int] = []
-        while len(slots) < len(batch) and (slot := self._staging.take(for_store=True)) is not None:
-            slots.append(slot)
+        slots = self._staging.take(len(batch), for_store=True)
         batch = batch[: len(slots)]
         share = self._shares.groups[job.group]
         sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
