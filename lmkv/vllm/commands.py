@@ -120,3 +120,7 @@ class Results:
     """One entry for each StoreSpec whose blocks are read no more."""
     counted: Counter[str] = field(default_factory=Counter)
     """By the pool, since the last time."""
+
+    def __bool__(self) -> bool:
+        """There is something."""
+        return bool(self.sent or self.reports or self.ledgers or self.loads or self.packed or self.counted)

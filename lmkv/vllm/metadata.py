@@ -34,6 +34,8 @@ class StepMeta(KVConnectorMetadata):
     """Requests that have ended while they were loaded from the pool."""
     overwritten: list[RequestId] = field(default_factory=list)
     """Preempted requests that had chunks to store."""
+    idle: bool = False
+    """Nothing is computed in this step."""
 
 
 @dataclass

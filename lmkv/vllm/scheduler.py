@@ -193,6 +193,7 @@ class SchedulerSide:
         if self._pool is not None:
             self._pool.fill(self._meta, output)
         meta, self._meta = self._meta, StepMeta()
+        meta.idle = output.total_num_scheduled_tokens == 0
         return meta
 
     def take_output(self, output: Any) -> None:

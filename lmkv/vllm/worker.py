@@ -47,6 +47,9 @@ from .writer import WorkerLoop
 logger = logging.getLogger(__name__)
 
 _PREEMPTION_FENCE_S = 5.0
+_IDLE_STEP_S = 0.005
+"""A step that computes nothing, while something is loaded, takes so long or until news come. Without that vLLM makes one
+every two milliseconds, and takes half of a core from the thread that loads. A new request waits for its end."""
 
 
 class _Step:
@@ -80,6 +83,8 @@ class WorkerSide:
         self._ended: set[RequestId] = set()
         self._sent: set[RequestId] = set()
         self._awaited: dict[RequestId, TransferId] = {}
+        self._idle = False
+        """This step computes nothing."""
         self._news = Results()
         self._pooled = PoolBooks(tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups))
         self._unpooled = ""
@@ -163,6 +168,7 @@ class WorkerSide:
             loop.submit(Abandoned(tuple(meta.abandons)))
         if meta.withdrawals:
             loop.submit(Withdrawn(tuple(meta.withdrawals)))
+        self._idle = meta.idle
         self._pooled.bind(meta)
         if meta.loads:
             loop.submit(Loading(tuple(meta.loads)))
@@ -219,7 +225,8 @@ class WorkerSide:
         loop = self._loop
         if loop is None:
             return set(), set(), set()
-        taken = loop.take()
+        waits = self._idle and (self._awaited or self._pooled.loading)
+        taken = loop.take(_IDLE_STEP_S if waits else 0.0)
         if not loop.alive:
             self._give_up(taken)
         self._pooled.take(taken)

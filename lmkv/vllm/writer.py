@@ -79,7 +79,8 @@ class WorkerLoop:
         self._wake = Wake()
         self._commands: deque[Command] = deque()
         self._results = Results()
-        self._lock = threading.Lock()
+        self._told = threading.Condition()
+        """Holds the results' lock; notified when there are some."""
         self._stopping = threading.Event()
         self._fences: list[Preempted] = []
         self._pool = pool
@@ -116,9 +117,11 @@ class WorkerLoop:
         self._commands.append(command)
         self._wake.set()
 
-    def take(self) -> Results:
-        """What has ended since the last call."""
-        with self._lock:
+    def take(self, wait_s: float = 0.0) -> Results:
+        """What has ended since the last call; waits so long for something to end."""
+        with self._told:
+            if wait_s and not self._results:
+                self._told.wait(wait_s)
             results, self._results = self._results, Results()
         return results
 
@@ -339,10 +342,11 @@ class WorkerLoop:
         else:
             self._stored.clear()
         if sent or reports or sent_ledgers or received_ledgers or loads or packed or counted:
-            with self._lock:
+            with self._told:
                 self._results.loads += loads
                 self._results.packed += packed
                 self._results.counted += counted or Counter()
                 self._results.sent += sent
                 self._results.reports += reports
                 self._results.ledgers += sent_ledgers + received_ledgers
+                self._told.notify()

@@ -34,6 +34,10 @@ class PoolBooks:
             self._packing[spec.request_id] += 1
         self._loads |= {spec.request_id: spec for spec in meta.loads}
 
+    @property
+    def loading(self) -> bool:
+        return bool(self._loads)
+
     def take_stores(self) -> tuple[StoreSpec, ...]:
         """Of the step that ends now."""
         stores, self._stores = self._stores, ()
