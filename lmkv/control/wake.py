@@ -27,7 +27,7 @@ class Wake:
 
 
 def wait(poller: select.poll, seconds: float) -> list[tuple[int, int]]:
-    """`poller.poll`, which knows whole milliseconds only. A shorter pause is slept; what comes meanwhile waits for it."""
+    """`poller.poll`, which knows whole milliseconds only: a shorter pause is slept, whatever comes meanwhile."""
     if 0 < seconds < 0.001:
         time.sleep(seconds)
         seconds = 0.0

@@ -251,6 +251,10 @@ class PoolNode:
             self._take_events()
             self._tend(now_s)
 
+    def is_hurried(self, now_s: float) -> bool:
+        """Bytes are moving over the data plane, or expected to."""
+        return self._clients.are_moving(now_s)
+
     def _pause_s(self, now_s: float) -> float:
         """A data plane without descriptors makes progress on a thread of its own (progress=event), or by our polls."""
         data = self._transport
@@ -258,7 +262,7 @@ class PoolNode:
             return TICK_S
         if data.fds() or getattr(data, "progress", "poll") != "poll":
             return BUSY_S if data.in_flight else TICK_S
-        if self._clients.are_moving(now_s):
+        if self.is_hurried(now_s):
             return PACE_S
         return BUSY_S if data.in_flight else REMOTE_S if self._clients.remote else TICK_S
 

@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 
 _PREEMPTION_FENCE_S = 5.0
 _IDLE_STEP_S = 0.005
-"""A step that computes nothing, while something is loaded, takes so long or until news come. Without that vLLM makes one
-every two milliseconds, and takes half of a core from the thread that loads. A new request waits for its end."""
+"""A step that computes nothing, while something is loaded, takes so long or until news come. Without that vLLM makes
+one every two milliseconds, and takes half of a core from the thread that loads. A new request waits for its end."""
 
 
 class _Step:

@@ -30,6 +30,7 @@ METHODS = ("plain", "local", "disk", "remote", "object", "lmcache")
 LENGTHS = (1025, 2049, 3585)
 ANSWER_TOKENS = 8
 WARM_TOKENS = 300
+LINK_ROUNDS, MOVE_ROUNDS = 7, 15
 ENGINE_CORE, NODE_CORE = 0, 1
 CAPACITY = "1GiB"
 LINK_ENVIRONMENT = {"UCX_TLS": "tcp"}
@@ -76,6 +77,7 @@ class PoolBench:
     _lmcache: Any = None
     _prompts: Prompts | None = None
     _warmed: int = 0
+    _link_s: list[float] = field(default_factory=list)
 
     # --- life ---
 
@@ -112,8 +114,8 @@ class PoolBench:
             await self._start_lmcache()
         for number in range(options.rounds):
             await self._round(number, plain, ways)
-        if "remote" in options.methods:
-            self._measure_link()
+            if "remote" in options.methods:
+                self._measure_link()
         stop_all(self._engines)
         self._engines.clear()
         await self._measure_moves()
@@ -306,10 +308,10 @@ class PoolBench:
     # --- raw figures ---
 
     def _measure_link(self) -> None:
-        """Plain TCP over the same link, same cores, same bytes."""
+        """Plain TCP over the same link, same cores, same bytes, every round: the machine is not equally fast always."""
         size = max(self.options.lengths) // CHUNK * CHUNK * self.notes["kv_bytes_per_token"]
         address = f"{PREFILL_HOST.link_address}:{self.options.port + 59}"
-        tail = [address, str(size), "7"]
+        tail = [address, str(size), str(LINK_ROUNDS)]
         script = str(HERE / "raw_link.py")
         inside = [
             ["ip", "netns", "exec", host.namespace, "taskset", "--cpu-list"] for host in (PREFILL_HOST, DECODE_HOST)
@@ -325,8 +327,8 @@ class PoolBench:
             sender.wait()
         if done.returncode:
             raise BenchError(f"the raw link cannot be measured: {done.stderr[-500:]}")
-        seconds = [float(line) for line in done.stdout.split()]
-        self.notes["link_bytes_per_s"] = size / median(seconds[1:])
+        self._link_s += [float(line) for line in done.stdout.split()][1:]
+        self.notes["link_bytes_per_s"] = size / median(self._link_s)
 
     async def _measure_moves(self) -> None:
         """Stores and loads without an engine, beside raw NIXL."""
@@ -344,8 +346,8 @@ class PoolBench:
             moves[f"load_gb_per_s_{name}"] = round(size / seconds["load_s"] / 1e9, 3)
             moves[f"pin_us_{name}"] = round(seconds["pin_s"] * 1e6, 1)
             if name == "remote":
-                moves["store_vs_nixl"] = round(seconds["raw_write_s"] / seconds["store_s"], 4)
-                moves["load_vs_nixl"] = round(seconds["raw_read_s"] / seconds["load_s"], 4)
+                for key, raw, ours in (("store", "raw_write_s", "store_s"), ("load", "raw_read_s", "load_s")):
+                    moves[f"{key}_vs_nixl"] = round(median([s[raw] / s[ours] for s in told["samples"]]), 4)
         self.notes["moves"] = moves
 
     def _move(self, node: PoolNode, kind: str, name: str) -> dict[str, Any]:
@@ -356,7 +358,7 @@ class PoolBench:
             environment |= {**LINK_ENVIRONMENT, "UCX_NET_DEVICES": DECODE_HOST.link_device}
         done = subprocess.run(
             [*inside, "taskset", "--cpu-list", str(ENGINE_CORE), sys.executable, str(HERE / "pool_rank.py"),
-             address, kind, "7"],
+             address, kind, str(MOVE_ROUNDS)],
             capture_output=True, text=True, timeout=180, env={**os.environ, **environment}, check=False,
         )  # fmt: skip
         if done.returncode:

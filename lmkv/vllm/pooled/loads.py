@@ -267,5 +267,5 @@ class Loads:
         self._counters["loaded_bytes"] += load.loaded_bytes
         self._counters["load:done" if not reason else "load:cut"] += 1
         seconds = self._clock() - load.started_s
-        logger.info("LOAD %.1f ms", seconds*1e3)
+        logger.debug("%s: %.1f MB in %.1f ms", spec.request_id, load.loaded_bytes / 1e6, seconds * 1e3)
         self._reports.append(LoadReport(spec.request_id, good, reason, load.loaded_bytes, seconds, tuple(load.corrupt)))

@@ -32,9 +32,7 @@ PATIENCE_S = 5.0
 """A store that has not been packed by then is dropped: its blocks are wanted."""
 ANSWER_S = 30.0
 SLICE_BYTES = 16 << 20
-"""So much is packed before transfers get their turn again."""
-SEND_BYTES = 16 << 20
-"""Less, where it is written over the data plane: while one slice travels the next is packed."""
+"""So much is packed before transfers get their turn again; smaller slices cost more calls than they overlap."""
 COMMIT_PAGES = 16
 MOST_QUEUED_CHUNKS = 8192
 
@@ -186,8 +184,7 @@ class Stores:
             self._give_up(job, "node_lost", now_s)
             return
         size = self._shares.groups[job.group].bytes
-        slice_bytes = SLICE_BYTES if job.access.reach is Reach.LOCAL else SEND_BYTES
-        batch = job.slots[: max(1, slice_bytes // size)]
+        batch = job.slots[: max(1, SLICE_BYTES // size)]
         try:
             if job.access.reach is Reach.LOCAL:
                 self._pack_here(job, batch)
