@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4096
 MOVING_S = 0.1
-"""So long after a client on the data plane has asked for slots or pages its bytes are expected to move."""
+"""So long after a client on the data plane was given slots or pages its bytes are expected to move."""
 PROBE_EVERY_S = 1.0
 """As long as a client is silent. What it may still write to stays in quarantine."""
 
@@ -125,7 +125,7 @@ class Clients:
             self._dead(client, "its process has ended")
 
     def moves(self, incarnation: Incarnation, rank: Rank, now_s: float) -> None:
-        """The client has asked for what makes bytes move."""
+        """The client has been given what makes bytes move."""
         client = self._clients.get((incarnation, rank))
         if client is not None and client.transport_id is not None:
             self._moved_s = now_s

@@ -62,7 +62,7 @@ class Desk:
 
     def take(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
         """Raises WireError for what cannot be answered; the caller tells the sender."""
-        if isinstance(message, pw.Reserve | pw.Commit | pw.Pin | pw.Fetch):
+        if isinstance(message, pw.Reserve | pw.Commit | pw.Fetch):
             self._clients.moves(message.incarnation, message.rank, now_s)
         match message:
             case pw.PoolHello():
@@ -260,6 +260,7 @@ class Desk:
             self._index.counters[f"pin:{why.name.lower()}"] += asked - len(here)
         lease, lease_s = 0, min(message.lease_s, self._most_lease_s)
         if here:
+            self._clients.moves(message.incarnation, message.rank, now_s)
             lease = self._leases.pin((message.incarnation, message.rank), here, lease_s, now_s)
             self._touch([entry.key for entry in here])
             for entry in here:

@@ -29,6 +29,7 @@ DISK = "128MiB"
 SEGMENT = "1MiB"
 """Fifteen pages: drops leave segments nearly empty, which are then compacted."""
 STORE_POINTS = tuple(point for point in POINTS if point.startswith(("reserve:", "commit:", "spill:")))
+COMPACT_POINTS = tuple(point for point in POINTS if point.startswith("compact:"))
 OBJECT_POINTS = tuple(point for point in POINTS if point.startswith("object:"))
 
 
@@ -44,7 +45,7 @@ class World:
 
 
 class NodeProcess:
-    def __init__(self, world: World, kill_at: str) -> None:
+    def __init__(self, world: World, kill_at: str, disk: str = DISK) -> None:
         command = [sys.executable, "-c", "from lmkv.cli import main; main()", "pool", "--listen", "tcp://127.0.0.1:0"]
         command += [
             "--capacity",
@@ -52,7 +53,7 @@ class NodeProcess:
             "--disk",
             str(world.directory),
             "--disk-capacity",
-            DISK,
+            disk,
             "--disk-segment",
             SEGMENT,
         ]
@@ -132,7 +133,7 @@ def verify(world: World, seed: int) -> None:
 
 @pytest.mark.timeout(1800)
 def test_whatever_was_durable_comes_back(world: World) -> None:
-    points = [point for point in POINTS if point not in OBJECT_POINTS]
+    points = [point for point in POINTS if point not in (*COMPACT_POINTS, *OBJECT_POINTS)]
     for round_ in range(ROUNDS):
         seed = FIRST_SEED + round_
         try:
@@ -154,5 +155,30 @@ def forget(world: World) -> None:
             user.drop(sorted(world.durable | world.maybe))
             world.durable.clear()
             world.maybe.clear()
+    finally:
+        node.end()
+
+
+@pytest.mark.parametrize("point", COMPACT_POINTS)
+def test_a_node_that_dies_while_it_compacts(world: World, point: str) -> None:
+    """Its disk is full of segments that are three quarters empty when pages of another size need room."""
+    full, quarter = "4MiB", PAGE_BYTES // 4
+    node = NodeProcess(world, f"{point}:1", full)
+    keys = [make_key(i) for i in range(60)]
+    kept, small = keys[::4], list[bytes]()
+    with pytest.raises(NodeGone), PoolUser(node.address, PAGE_BYTES, 1) as user:
+        for i in range(0, 60, 4):
+            assert set(user.store(keys[i : i + 4], Ack.DURABLE).values()) == {Ack.DURABLE}
+        assert user.drop([key for key in keys if key not in kept]) == 45
+        user.page_bytes = quarter
+        for i in range(1000, 1400):
+            small += user.store([make_key(i)], Ack.DURABLE)
+    node.end()
+    node = NodeProcess(world, "", full)
+    try:
+        with PoolUser(node.address, PAGE_BYTES, 2) as user:
+            assert [key for key in kept if not user.load(key)] == []
+            user.page_bytes = quarter
+            assert [key for key in small if not user.load(key)] == []
     finally:
         node.end()
