@@ -124,3 +124,11 @@ class Results:
     def __bool__(self) -> bool:
         """There is something."""
         return bool(self.sent or self.reports or self.ledgers or self.loads or self.packed or self.counted)
+
+    def add(self, more: Results) -> None:
+        self.sent += more.sent
+        self.reports += more.reports
+        self.ledgers += more.ledgers
+        self.loads += more.loads
+        self.packed += more.packed
+        self.counted += more.counted

@@ -334,19 +334,16 @@ class WorkerLoop:
         self._fences = [fence for fence in self._fences if not fence.drained.is_set()]
         sent, sent_ledgers = self._sending.take()
         reports, received_ledgers = self._receiving.take()
-        loads = self._pool.take_reports() if self._pool is not None else []
-        packed = self._pool.take_packed() if self._pool is not None else []
-        counted = self._pool.take_counters(now_s) if self._pool is not None else None
+        fresh = Results(sent, reports, sent_ledgers + received_ledgers)
+        if self._pool is not None:
+            fresh.loads = self._pool.take_reports()
+            fresh.packed = self._pool.take_packed()
+            fresh.counted = self._pool.take_counters(now_s) or Counter()
         if self._pool is not None and self._pool.idle and not self._commands:
             self._stored.set()
         else:
             self._stored.clear()
-        if sent or reports or sent_ledgers or received_ledgers or loads or packed or counted:
+        if fresh:
             with self._told:
-                self._results.loads += loads
-                self._results.packed += packed
-                self._results.counted += counted or Counter()
-                self._results.sent += sent
-                self._results.reports += reports
-                self._results.ledgers += sent_ledgers + received_ledgers
+                self._results.add(fresh)
                 self._told.notify()

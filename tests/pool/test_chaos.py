@@ -27,7 +27,7 @@ ARENA = "4MiB"
 DISK = "128MiB"
 """More than is ever stored before it is forgotten: the disk tier has no reason to give anything up."""
 SEGMENT = "1MiB"
-"""Fifteen pages: drops leave segments nearly empty, which are then compacted."""
+"""Fifteen pages: drops leave segments nearly empty. They are compacted only where pages of another size need room."""
 STORE_POINTS = tuple(point for point in POINTS if point.startswith(("reserve:", "commit:", "spill:")))
 COMPACT_POINTS = tuple(point for point in POINTS if point.startswith("compact:"))
 OBJECT_POINTS = tuple(point for point in POINTS if point.startswith("object:"))

@@ -44,6 +44,19 @@ class FullAttentionSpec:
         self.block_size = block_size
 
 
+def caches_of(storage: torch.Tensor, block_tokens: int) -> tuple[dict[str, torch.Tensor], Any]:
+    """Views by layer of (layers, blocks, heads, tokens, elements), and what is read of vLLM's KV cache config."""
+    views = {f"layer.{i}": layer for i, layer in enumerate(storage)}
+    group = SimpleNamespace(kv_cache_spec=FullAttentionSpec(block_tokens))
+    config = SimpleNamespace(
+        transfer_group_index_by_layer=dict.fromkeys(views, 0),
+        transfer_groups=[group],
+        kv_cache_groups=[group],
+        num_blocks=storage.shape[1],
+    )
+    return views, config
+
+
 @contextlib.contextmanager
 def running_node(tmp_path: Path, tiers: Any = None, **more: object) -> Iterator[PoolNode]:
     """In a thread; its transport belongs to it. `tiers`: lmkv.pool.serve.open_tiers."""
@@ -75,14 +88,7 @@ class RankBed:
         values = torch.arange(LAYERS * blocks * (heads[1] - heads[0]) * block_tokens * 2 * HEAD_SIZE)
         shape = (LAYERS, blocks, heads[1] - heads[0], block_tokens, 2 * HEAD_SIZE)
         self.storage = ((values * 7 + seed * 1000) % 65521).to(torch.float32).reshape(shape)
-        views = {f"layer.{i}": self.storage[i] for i in range(LAYERS)}
-        group = SimpleNamespace(kv_cache_spec=FullAttentionSpec(block_tokens))
-        config = SimpleNamespace(
-            transfer_group_index_by_layer=dict.fromkeys(views, 0),
-            transfer_groups=[group],
-            kv_cache_groups=[group],
-            num_blocks=blocks,
-        )
+        views, config = caches_of(self.storage, block_tokens)
         self.block_tokens = block_tokens
         own = ConnectorSettings(
             pool=(node.card.address,), chunk_tokens=CHUNK, staging_bytes=4 << 20, name="rank", **settings

@@ -26,7 +26,7 @@ from lmkv.vllm.pooled.staging import Staging
 from lmkv.vllm.specs import BlockRange, StoreSpec
 from lmkv.vllm.writer import WorkerLoop
 
-from .pool_bed import CHUNK, HEAD_SIZE, HEADS, LAYERS, NAMESPACE, REQUEST, FullAttentionSpec, RankBed, running_node
+from .pool_bed import CHUNK, HEAD_SIZE, HEADS, LAYERS, NAMESPACE, REQUEST, RankBed, caches_of, running_node
 
 # --- staging ---
 
@@ -82,15 +82,7 @@ def test_a_wait_tells_what_is_ready() -> None:
 @pytest.fixture
 def loop() -> Any:
     """Of a rank whose engine has no name yet: what is stored is let go at once."""
-    storage = torch.zeros(LAYERS, 4, HEADS, CHUNK, 2 * HEAD_SIZE)
-    views = {f"layer.{i}": storage[i] for i in range(LAYERS)}
-    group = SimpleNamespace(kv_cache_spec=FullAttentionSpec(CHUNK))
-    config = SimpleNamespace(
-        transfer_group_index_by_layer=dict.fromkeys(views, 0),
-        transfer_groups=[group],
-        kv_cache_groups=[group],
-        num_blocks=4,
-    )
+    views, config = caches_of(torch.zeros(LAYERS, 4, HEADS, CHUNK, 2 * HEAD_SIZE), CHUNK)
     settings = ConnectorSettings(pool=("tcp://127.0.0.1:9",), chunk_tokens=CHUNK, staging_bytes=1 << 20)
     found = memory.describe(views, config, "FLASH_ATTN", Shard(0, 1, HEADS))
     pool, why = open_pool(settings, Rank(0), 1, found, config)
