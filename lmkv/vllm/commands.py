@@ -21,9 +21,11 @@ class Fence(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """Cached blocks of these pushes are complete in all layers."""
+    """Cached blocks of these pushes are complete in all layers, once the fence (the end of all earlier steps) has
+    passed."""
 
     pushes: tuple[Push, ...]
+    fence: Fence | None
     time_s: float
 
 
@@ -74,17 +76,33 @@ class Preempted:
     drained: threading.Event = field(default_factory=threading.Event)
 
 
+@dataclass(slots=True, eq=False)
+class BlockHold:
+    """The engine's word that the blocks of one StoreSpec stay as they are until it is reported as packed.
+
+    `revoked` is set by the engine thread when it can wait no longer (Overwritten timed out), before the blocks are
+    overwritten. The loop looks at it after it has read the blocks: not set then, it has read what the store is named
+    after; set, what it has read may be anything and is thrown away.
+    """
+
+    revoked: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Chunks that this step has completed, in all layers, once the fence has passed."""
+    """Chunks that this step has completed, in all layers, once the fence has passed. One hold a spec."""
 
     specs: tuple[StoreSpec, ...]
+    holds: tuple[BlockHold, ...]
     fence: Fence | None
 
 
 @dataclass(frozen=True, slots=True)
 class Loading:
+    """These may be written to once the fence has passed: an earlier step may still write what was in their blocks."""
+
     specs: tuple[LoadSpec, ...]
+    fence: Fence | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +119,9 @@ class Overwritten:
     request_ids: tuple[RequestId, ...]
     drained: threading.Event = field(default_factory=threading.Event)
 
+
+Fenced = Ready | LayersDone | Stored | Loading
+"""Commands that wait for the device; those behind them wait too, so that the order of steps is kept."""
 
 Command = (
     Ready | LayersDone | StepDone | Offered | Withdrawn | Expected | Abandoned | Preempted

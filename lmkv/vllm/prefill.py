@@ -18,7 +18,7 @@ from lmkv.obs.ledger import LedgerBook
 from .metadata import StepMeta
 from .params import RequestParams
 from .specs import BlockRange, OfferSpec, Push
-from .steps import scheduled
+from .steps import StepWrites, scheduled
 
 _REMEMBERED = 4096
 
@@ -72,13 +72,16 @@ class PrefillSide:
             return
         for request_id in output.preempted_req_ids or ():
             preempted = self._requests.get(request_id)
-            if preempted is not None and preempted.announced and not preempted.done:
+            if preempted is not None and preempted.announced:
+                # Also one whose prompt is done: with async scheduling it stays schedulable until its end is known.
                 meta.preempted.append(preempted.transfer_id)
                 preempted.next_block = (0,) * len(self._block_tokens)
+                preempted.done = False
+        writes = StepWrites(output, self._select, self._block_tokens)
         for request_id, computed in scheduled(output):
-            self._advance(meta, output, request_id, computed)
+            self._advance(meta, output, writes, request_id, computed)
 
-    def _advance(self, meta: StepMeta, output: Any, request_id: RequestId, before: int) -> None:
+    def _advance(self, meta: StepMeta, output: Any, writes: StepWrites, request_id: RequestId, before: int) -> None:
         prefill = self._requests.get(request_id)
         if prefill is None or prefill.done:
             return
@@ -86,20 +89,18 @@ class PrefillSide:
             prefill.announced = True
             meta.offers.append(OfferSpec(prefill.transfer_id, request_id))
             self._book.update(prefill.transfer_id, cached_tokens=before, scheduled_s=time.monotonic())
-        tables = output.kv_connector_block_state.get_block_ids(request_id)
-        assert tables is not None, f"{request_id} is scheduled but has no block table"
         after = before + output.num_scheduled_tokens[request_id]
         prefill.done = after >= prefill.prompt_tokens
-        cached, computed, following = [], [], []
-        for group, (table, n) in enumerate(zip(self._select(tables), self._block_tokens, strict=True)):
+        cached: list[BlockRange] = []
+        computed: list[BlockRange] = []
+        following = []
+        for group, (table, n) in enumerate(zip(writes.table(request_id), self._block_tokens, strict=True)):
             total = -(-prefill.prompt_tokens // n)
             start = prefill.next_block[group]
-            ready = max(start, min(before // n, total))
-            stop = max(ready, total if prefill.done else min(after // n, total))
-            if ready > start:
-                cached.append(BlockRange(group, start, tuple(table[start:ready])))
-            if stop > ready:
-                computed.append(BlockRange(group, ready, tuple(table[ready:stop])))
+            stop = max(start, total if prefill.done else min(after // n, total))
+            earlier, now = writes.split(BlockRange(group, start, tuple(table[start:stop])))
+            cached += earlier
+            computed += now
             following.append(stop)
         prefill.next_block = tuple(following)
         if cached or computed or prefill.done:

@@ -22,7 +22,8 @@ class BlockRange:
 
 @dataclass(frozen=True, slots=True)
 class Push:
-    """One prefill request in one step: `cached` is complete already, `computed` will be when this step's layers are."""
+    """One prefill request in one step. `cached` was complete before this step's forward, `computed` will be when this
+    step's layers are, for whichever request they are computed (see lmkv.vllm.steps.StepWrites)."""
 
     transfer_id: TransferId
     cached: tuple[BlockRange, ...]

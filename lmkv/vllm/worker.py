@@ -143,16 +143,20 @@ class WorkerSide:
 
     def before_forward(self, meta: StepMeta) -> None:
         """Blocks of preempted requests may be overwritten by this step: stop reading them first."""
-        if meta.overwritten and self._loop is not None:
-            dropped = Overwritten(tuple(meta.overwritten))
-            self._loop.submit(dropped)
-            if not dropped.drained.wait(_PREEMPTION_FENCE_S):
-                logger.error("stores of preempted requests %s may read what is overwritten", meta.overwritten)
-        if meta.preempted and self._loop is not None:
-            command = Preempted(tuple(meta.preempted))
-            self._loop.submit(command)
-            if not command.drained.wait(_PREEMPTION_FENCE_S):
-                logger.error("writes of preempted transfers %s are still in flight; they will fail", meta.preempted)
+        loop = self._loop
+        if loop is None or not (meta.overwritten or meta.preempted):
+            return
+        dropped, preempted = Overwritten(tuple(meta.overwritten)), Preempted(tuple(meta.preempted))
+        if meta.overwritten:
+            loop.submit(dropped)
+        if meta.preempted:
+            loop.submit(preempted)
+        until_s = time.monotonic() + _PREEMPTION_FENCE_S
+        if meta.overwritten and not dropped.drained.wait(_PREEMPTION_FENCE_S):
+            self._pooled.revoke(meta.overwritten)
+            logger.error("stores of preempted requests %s are given up: their blocks are wanted", meta.overwritten)
+        if meta.preempted and not preempted.drained.wait(max(0.0, until_s - time.monotonic())):
+            logger.error("writes of preempted transfers %s are still in flight; they will fail", meta.preempted)
 
     def bind(self, meta: StepMeta) -> None:
         loop = self._loop
@@ -171,14 +175,14 @@ class WorkerSide:
         self._idle = meta.idle
         self._pooled.bind(meta)
         if meta.loads:
-            loop.submit(Loading(tuple(meta.loads)))
+            loop.submit(Loading(tuple(meta.loads), self._fence()))
         if meta.ended:
             loop.submit(Ended(tuple(meta.ended)))
         self._step = None
         if meta.pushes:
             pushes = tuple(meta.pushes)
             if any(push.cached for push in pushes):
-                loop.submit(Ready(pushes, time.monotonic()))
+                loop.submit(Ready(pushes, self._fence(), time.monotonic()))
             assert self._memory is not None
             layers = tuple(len(names) for names in self._memory.layer_names)
             self._step = _Step(pushes, self._sizes, layers, self._settings.min_post_bytes)
@@ -199,9 +203,9 @@ class WorkerSide:
 
     def sweep(self) -> None:
         """End of the step: layers whose hook did not fire are complete as well."""
-        stores = self._pooled.take_stores()
+        stores, holds = self._pooled.take_stores()
         if stores and self._loop is not None:
-            self._loop.submit(Stored(stores, self._fence()))
+            self._loop.submit(Stored(stores, holds, self._fence()))
         step, self._step = self._step, None
         if step is None:
             return

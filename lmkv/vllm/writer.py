@@ -29,6 +29,7 @@ from .commands import (
     Command,
     Ended,
     Expected,
+    Fenced,
     LayersDone,
     Loading,
     Offered,
@@ -223,7 +224,7 @@ class WorkerLoop:
     def _blocked(self) -> bool:
         """The next command waits for the device."""
         head = self._commands[0]
-        return isinstance(head, LayersDone | Stored) and head.fence is not None and not head.fence.query()
+        return isinstance(head, Fenced) and head.fence is not None and not head.fence.query()
 
     def _take_commands(self, now_s: float) -> None:
         while self._commands and not self._blocked():
@@ -253,7 +254,7 @@ class WorkerLoop:
         assert self._pool is not None, "the engine side sends these only where there is a pool"
         match command:
             case Stored():
-                self._pool.store(command.specs, now_s)
+                self._pool.store(command.specs, command.holds, now_s)
             case Loading():
                 self._pool.load(command.specs, now_s)
             case Ended():

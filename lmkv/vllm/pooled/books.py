@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from lmkv.ids import RequestId
 
-from ..commands import Results
+from ..commands import BlockHold, Results
 from ..specs import LoadReport, LoadSpec, StoreSpec
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class PoolBooks:
         self.storing: set[RequestId] = set()
         """Requests with chunks that were stored: vLLM keeps their blocks until they are reported as sent."""
         self._packing: Counter[RequestId] = Counter()
+        self._holds: dict[RequestId, list[BlockHold]] = {}
+        """Stores under way; a request's entry goes when all of them have been packed."""
         self._stores: tuple[StoreSpec, ...] = ()
         self._loads: dict[RequestId, LoadSpec] = {}
         self._bad_blocks: set[int] = set()
@@ -38,10 +41,19 @@ class PoolBooks:
     def loading(self) -> bool:
         return bool(self._loads)
 
-    def take_stores(self) -> tuple[StoreSpec, ...]:
-        """Of the step that ends now."""
+    def take_stores(self) -> tuple[tuple[StoreSpec, ...], tuple[BlockHold, ...]]:
+        """Stores of the step that ends now, and the hold of each one's blocks."""
         stores, self._stores = self._stores, ()
-        return stores
+        holds = tuple(BlockHold() for _ in stores)
+        for spec, hold in zip(stores, holds, strict=True):
+            self._holds.setdefault(spec.request_id, []).append(hold)
+        return stores, holds
+
+    def revoke(self, request_ids: Iterable[RequestId]) -> None:
+        """Blocks of these requests are overwritten now: what is read from them from here on must not be kept."""
+        for request_id in request_ids:
+            for hold in self._holds.pop(request_id, []):
+                hold.revoked = True
 
     def is_packing(self, request_id: RequestId) -> bool:
         return self._packing[request_id] > 0
@@ -51,6 +63,7 @@ class PoolBooks:
         for request_id in set(taken.packed):
             if self._packing[request_id] <= 0:
                 del self._packing[request_id]
+                self._holds.pop(request_id, None)
         for report in taken.loads:
             self._loaded(report)
 
@@ -77,6 +90,7 @@ class PoolBooks:
     def give_up(self, taken: Results) -> None:
         """The loop has died: nothing is stored or loaded any more."""
         self._packing.clear()
+        self._holds.clear()
         self._stores = ()
         told = {report.request_id for report in taken.loads}
         for request_id, spec in self._loads.items():

@@ -21,6 +21,7 @@ from lmkv.pool.directory import Directory
 from lmkv.transport import Extents, OpId, PeerId, Region, Transport
 from lmkv.wire import PoolName, PoolNodes
 
+from ..commands import BlockHold
 from ..memory import KvMemory
 from ..specs import LoadReport, LoadSpec, StoreSpec
 from .loads import Loads
@@ -106,13 +107,13 @@ class PoolRank:
 
     # --- what comes in ---
 
-    def store(self, specs: Sequence[StoreSpec], now_s: float) -> None:
+    def store(self, specs: Sequence[StoreSpec], holds: Sequence[BlockHold], now_s: float) -> None:
         if self._stores is None:
             self._counters["store:unnamed"] += sum(len(spec.keys) for spec in specs)
             self._unstored += [spec.request_id for spec in specs]
             return
-        for spec in specs:
-            self._stores.submit(spec, self._target(), now_s)
+        for spec, hold in zip(specs, holds, strict=True):
+            self._stores.submit(spec, hold, self._target(), now_s)
 
     def load(self, specs: Sequence[LoadSpec], now_s: float) -> None:
         assert self._loads is not None, "the scheduler loads only from nodes that all ranks have told it of"

@@ -22,6 +22,7 @@ from lmkv.pool.access import NodeAccess, Reach
 from lmkv.poolwire import Refusal
 from lmkv.transport import OpId
 
+from ..commands import BlockHold
 from ..specs import StoreSpec
 from .shares import Shares
 from .staging import Staging
@@ -37,11 +38,16 @@ COMMIT_PAGES = 16
 MOST_QUEUED_CHUNKS = 8192
 
 
+class _RevokedError(LmkvError):
+    """The engine has overwritten the blocks of a store (see BlockHold)."""
+
+
 @dataclass(slots=True, eq=False)
 class _Batch:
     """One spec: `left` of its groups are still to be packed."""
 
     spec: StoreSpec
+    hold: BlockHold
     left: int
 
 
@@ -118,13 +124,13 @@ class Stores:
 
     # --- in ---
 
-    def submit(self, spec: StoreSpec, access: NodeAccess | None, now_s: float) -> None:
+    def submit(self, spec: StoreSpec, hold: BlockHold, access: NodeAccess | None, now_s: float) -> None:
         if not self._shares.stores or access is None or self._is_full():
             if self._shares.stores:
                 self._counters["store:no_node" if access is None else "store:queue_full"] += len(spec.keys)
             self._packed_specs.append(spec.request_id)
             return
-        batch = _Batch(spec, len(self._shares.groups))
+        batch = _Batch(spec, hold, len(self._shares.groups))
         for group, share in enumerate(self._shares.groups):
             job = _Job(batch, group, access, access.incarnation, now_s + PATIENCE_S)
             keys = b"".join(page_key(key, group) for key in spec.keys)
@@ -190,6 +196,9 @@ class Stores:
                 self._pack_here(job, batch)
             else:
                 batch = self._pack_and_send(job, batch, size)
+        except _RevokedError:
+            self._give_up(job, "revoked", now_s)
+            return
         except LmkvError as error:
             logger.warning("a store failed: %s", error)
             self._give_up(job, "failed", now_s)
@@ -214,7 +223,11 @@ class Stores:
         slots = self._staging.take(len(batch), for_store=True)
         batch = batch[: len(slots)]
         share = self._shares.groups[job.group]
-        sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
+        try:
+            sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
+        except LmkvError:
+            self._staging.give_back(slots)
+            raise
         rows = [(slot.offset + share.offset_bytes, size) for _, slot in batch]
         try:
             op = job.access.write(self._staging.extents(slots, size), rows)
@@ -226,9 +239,13 @@ class Stores:
         return batch
 
     def _pack(self, job: _Job, batch: list[tuple[int, pw.Slot]], data: torch.Tensor, offsets: list[int]) -> list[Sums]:
+        """Raises _RevokedError if the blocks may have been overwritten while they were read."""
         blocks = job.spec.blocks[job.group]
         self._counters["stored_bytes"] += len(batch) * self._shares.groups[job.group].bytes
-        return self._shares.pack(job.group, blocks, [chunk for chunk, _ in batch], data, offsets)
+        sums = self._shares.pack(job.group, blocks, [chunk for chunk, _ in batch], data, offsets)
+        if job.batch.hold.revoked:
+            raise _RevokedError(f"blocks of {job.spec.request_id} were overwritten while they were stored")
+        return sums
 
     def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
         """True: it was one of ours."""
