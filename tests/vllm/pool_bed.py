@@ -23,6 +23,7 @@ from lmkv.pool.node import PoolNode
 from lmkv.pool.settings import NodeSettings
 from lmkv.transport import Completion, PeerLost, open_transport
 from lmkv.vllm import memory
+from lmkv.vllm.commands import BlockHold
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.pooled.rank import PoolRank, open_pool
 from lmkv.vllm.specs import BlockRange, LoadReport, LoadSpec, PageSource, StoreSpec
@@ -163,10 +164,12 @@ class RankBed:
     def blocks_for(self, ids: Sequence[int], first: int = 0) -> tuple[BlockRange, ...]:
         return (BlockRange(0, first, tuple(ids)),)
 
-    def submit(self, keys: Sequence[bytes], ids: Sequence[int], first_chunk: int = 0) -> None:
+    def submit(self, keys: Sequence[bytes], ids: Sequence[int], first_chunk: int = 0) -> BlockHold:
         lo = first_chunk * CHUNK // self.block_tokens
         spec = StoreSpec(REQUEST, NAMESPACE, first_chunk, tuple(keys), self.blocks_for(ids, lo))
-        self.pool.store([spec], time.monotonic())
+        hold = BlockHold()
+        self.pool.store([spec], [hold], time.monotonic())
+        return hold
 
     def store(self, keys: Sequence[bytes], ids: Sequence[int]) -> None:
         self.submit(keys, ids)

@@ -161,6 +161,18 @@ def test_a_flipped_bit_ends_the_load_there(mapped: RankBed, bad: int) -> None:
     assert [source.chunk for source in report.corrupt] == [bad]
 
 
+@pytest.mark.parametrize("given", ["mapped", "bed"])
+def test_what_was_overwritten_while_it_was_packed_is_not_kept(given: str, request: pytest.FixtureRequest) -> None:
+    """The engine could wait no longer for the loop. Whatever the kernel has read by then gets no name."""
+    bed: RankBed = request.getfixturevalue(given)
+    keys = bed.keys(12, KEYS)
+    bed.submit(keys, IDS).revoked = True
+    bed.until(lambda: bed.packed == [REQUEST] and bed.pool.idle)
+    assert bed.counters()["store:revoked"] == KEYS
+    bed.until(lambda: stats(bed)["reserved"] == 0)
+    assert not bed.pin(keys).pages
+
+
 def test_without_a_node_nothing_is_held_up(mapped: RankBed) -> None:
     mapped.access._lose("for a test")
     mapped.submit(mapped.keys(8, KEYS), IDS)
