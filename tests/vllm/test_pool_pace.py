@@ -19,7 +19,7 @@ from lmkv.ids import Rank
 from lmkv.pool.clients import MOVING_S
 from lmkv.transport import open_transport
 from lmkv.vllm import memory
-from lmkv.vllm.commands import Stored
+from lmkv.vllm.commands import BlockHold, Stored
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.pooled.rank import open_pool
 from lmkv.vllm.pooled.staging import Staging
@@ -96,7 +96,7 @@ def loop() -> Any:
 
 def test_a_wait_for_results_ends_with_the_first(loop: WorkerLoop) -> None:
     spec = StoreSpec(REQUEST, NAMESPACE, 0, (bytes(16),), (BlockRange(0, 0, (1,)),))
-    later = threading.Timer(0.05, lambda: loop.submit(Stored((spec,), None)))
+    later = threading.Timer(0.05, lambda: loop.submit(Stored((spec,), (BlockHold(),), None)))
     later.start()
     began_s = time.monotonic()
     taken = loop.take(wait_s=30.0)
