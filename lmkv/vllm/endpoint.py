@@ -104,7 +104,7 @@ class EngineEndpoint:
         with self._lock:
             self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(timeout=5)
         else:
             self._end()

@@ -153,7 +153,7 @@ class Lookups:
     def close(self) -> None:
         self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
+        if self._thread.ident is not None:
             self._thread.join(timeout=5)
         self._wake.close()
 
