@@ -1,0 +1,136 @@
+"""The clients and the router of a world: they send each request to its engines, and judge its answer."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from .engine import Job, SimEngine
+from .kinds import SHAPE
+from .load import Load, RequestPlan
+from .values import answer
+
+
+class Driver:
+    """A part of the world: `turn` does what is due. `done` once all requests have ended."""
+
+    def __init__(
+        self,
+        rnd: random.Random,
+        clock: Callable[[], float],
+        prefills: list[SimEngine],
+        decodes: list[SimEngine],
+        load: Load,
+        fail: Callable[[str], None],
+        events: Counter[str],
+    ) -> None:
+        self.name = "driver"
+        self._rnd = rnd
+        self._clock = clock
+        self._prefills = prefills
+        self._decodes = decodes
+        self._load = load
+        self._fail = fail
+        self._events = events
+        self._numbers = itertools.count()
+        self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
+        self._open = 0
+        self.requests = 0
+        start_s = clock()
+        for plan in load.requests():
+            self.at(start_s + plan.at_s, lambda now_s, plan=plan: self._arrive(plan, now_s))
+
+    # --- the part ---
+
+    def at(self, when_s: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._agenda, (when_s, next(self._numbers), action))
+
+    def next_s(self, now_s: float) -> float:
+        return max(0.0, self._agenda[0][0] - now_s) if self._agenda else 3600.0
+
+    def turn(self, now_s: float) -> None:
+        while self._agenda and self._agenda[0][0] <= now_s:
+            heapq.heappop(self._agenda)[2](now_s)
+
+    @property
+    def done(self) -> bool:
+        return not self._agenda and not self._open
+
+    # --- requests ---
+
+    def _arrive(self, plan: RequestPlan, now_s: float) -> None:
+        prefill, decode = self._rnd.choice(self._prefills), self._rnd.choice(self._decodes)
+        transfer = f"{self._rnd.getrandbits(128):032x}"
+        for sibling in range(plan.siblings):
+            number = next(self._numbers)
+            if plan.route == "pd":
+                self._hand_over(plan, f"{number}-{sibling}", transfer, prefill, decode, sibling == 0, now_s)
+            else:
+                engine = prefill if plan.route == "prefill" else decode
+                self._send(engine, self._job(plan, f"{number}", None), plan, plan.abort_s, 0.0, now_s)
+
+    def _hand_over(
+        self,
+        plan: RequestPlan,
+        number: str,
+        transfer: str,
+        prefill: SimEngine,
+        decode: SimEngine,
+        first: bool,
+        now_s: float,
+    ) -> None:
+        def params(role: str, peer: SimEngine) -> dict[str, object]:
+            return {"lmkv": {"transfer_id": transfer, "role": role, "peer": {"address": peer.address}}}
+
+        if first:
+            half = self._job(replace(plan, max_tokens=1), f"p{number}", params("prefill", decode))
+            self._send(prefill, half, plan, plan.abort_s, plan.prefill_delay_s, now_s)
+        job = self._job(plan, f"d{number}", params("decode", prefill))
+        self._send(decode, job, plan, plan.abort_s, plan.decode_delay_s, now_s)
+
+    def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
+        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt)
+
+    def _send(
+        self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float
+    ) -> None:
+        self._open += 1
+        self.requests += 1
+
+        def ended(job: Job) -> None:
+            self._open -= 1
+            self._events[f"ended:{job.ended}"] += 1
+            if job.ended == "length":
+                self._judge(engine, job)
+                if plan.turns and not job.request_id.startswith("p"):
+                    self._go_on(plan, job)
+
+        job.on_end = ended
+        self.at(now_s + delay_s, lambda then_s: engine.add(job))
+        if abort_s >= 0:
+            self.at(now_s + delay_s + abort_s, lambda then_s: engine.abort(job.request_id))
+
+    def _judge(self, engine: SimEngine, job: Job) -> None:
+        heads = SHAPE.heads // engine.kind.ranks
+        right = answer(SHAPE, job.prompt, job.max_tokens, heads, job.seed)
+        if job.answer != right:
+            self._fail(f"{engine.name}: {job.request_id} answers {job.answer}, right is {right}")
+
+    def _go_on(self, plan: RequestPlan, job: Job) -> None:
+        """The next turn of a chat: what was said, and something new."""
+        prompt = job.prompt + job.answer + self._load.fresh(self._rnd.randrange(1, 40))
+        if len(prompt) > 600:
+            return
+        following = replace(plan, prompt=prompt, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
+        pause_s = self._rnd.random() * 0.05
+        self._open += 1  # until it arrives
+
+        def arrive(now_s: float) -> None:
+            self._open -= 1
+            self._arrive(following, now_s)
+
+        self.at(self._clock() + pause_s, arrive)

@@ -1,0 +1,97 @@
+"""What a seed makes of a world: its engines, nodes, settings, faults and load."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from .kinds import EngineKind
+
+CHUNK = 32
+REQUESTS = 334
+
+
+@dataclass(frozen=True, slots=True)
+class WorldPlan:
+    """`prefills` and `decodes` are engines by kind; the rest says what is drawn for a world."""
+
+    seed: int
+    prefills: tuple[EngineKind, ...]
+    decodes: tuple[EngineKind, ...]
+    nodes: int
+    threaded: bool
+    faults: bool
+    is_unlike: bool
+    """Decode engines get KV in another layout: it lands in slots and is converted."""
+    requests: int
+    gentle_s: float
+    pd: float
+    abort: float
+    late: float
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def describe(self) -> str:
+        engines = " ".join(
+            f"{k.role[3:]}:{k.block_tokens}x{k.blocks}tp{k.ranks}{'a' if k.is_async else ''}{'v2' if k.is_v2 else ''}"
+            for k in (*self.prefills, *self.decodes)
+        )
+        flags = [name for name in ("threaded", "faults", "is_unlike") if getattr(self, name)]
+        return f"seed {self.seed}: {engines} nodes {self.nodes} {' '.join(flags)}"
+
+
+def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
+    """Every seventh world runs on real threads."""
+    rnd = random.Random(f"world-{seed}")
+    threaded = seed % 7 == 3
+    is_unlike = rnd.random() < 0.35
+    ranks = rnd.choice([1, 1, 1, 2])
+    block = rnd.choice([16, 16, 32])
+    both = rnd.random() < 0.2
+    tiny = rnd.random() < 0.5
+
+    def kind(role: str, block_tokens: int, count: int) -> EngineKind:
+        tokens = rnd.choice([900, 1300]) if tiny else rnd.choice([3000, 6000])
+        return EngineKind(
+            "kv_both" if both else role,
+            block_tokens,
+            tokens // block_tokens,
+            count,
+            is_async=rnd.random() < 0.5,
+            is_v2=rnd.random() < 0.5,
+            step_tokens=rnd.choice([64, 128, 256, 512]),
+            most_requests=rnd.choice([4, 8, 16]),
+        )
+
+    other_block = rnd.choice([8, 16, 32, 64]) if is_unlike else block
+    other_ranks = 3 - ranks if is_unlike and (other_block == block or rnd.random() < 0.4) else ranks
+    prefills = tuple(kind("kv_producer", block, ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
+    decodes = tuple(kind("kv_consumer", other_block, other_ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
+    nodes = rnd.choice([1, 1, 2]) if rnd.random() < 0.4 else 0
+    settings: dict[str, Any] = {
+        "chunk_tokens": CHUNK,
+        "landing_bytes": 64 << 10,
+        "landing_slot_bytes": 4096,
+        "min_post_bytes": rnd.choice([1, 2048, 1 << 20]),
+        "max_post_bytes": rnd.choice([1024, 4096, 1 << 20]),
+        "max_inflight_bytes": rnd.choice([2048, 16384, 1 << 20]),
+        "hold_s": rnd.choice([0.3, 1.0, 30.0, 120.0]),
+        "min_remote_tokens": rnd.choice([1, 16]),
+        "min_pool_tokens": rnd.choice([16, 64]),
+        "staging_bytes": 1 << 20,
+    }
+    return WorldPlan(
+        seed,
+        prefills,
+        decodes,
+        nodes,
+        threaded,
+        faults=rnd.random() < 0.25,
+        is_unlike=is_unlike,
+        requests=requests // 3 if threaded else requests,
+        gentle_s=rnd.choice([0.01, 0.05, 0.2]),
+        pd=rnd.choice([0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.3) else 0.0,
+        abort=rnd.choice([0.0, 0.05, 0.2]),
+        late=rnd.choice([0.05, 0.2, 0.4]),
+        settings=settings,
+    )

@@ -1,0 +1,39 @@
+"""What a world counts of its engines' inner life: the rare events that a run must have met."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from lmkv import wire
+
+from .engine import SimEngine
+
+
+def watch(engine: SimEngine, events: Counter[str]) -> None:
+    """Wraps methods of the engine's connector halves; they behave as before."""
+    for rank in engine.runner.ranks:
+        loop = rank.connector._worker._loop
+        _before(loop._sending, "grant_came", lambda grant, now_s, s=loop._sending: _grant(s, grant, events))
+        _before(loop._receiving._landing, "take_out", lambda *_: events.update({"landing_conversion": 1}))
+
+
+def _before(owner: Any, name: str, count: Callable[..., None]) -> None:
+    method = getattr(owner, name)
+
+    def watched(*args: Any) -> Any:
+        count(*args)
+        return method(*args)
+
+    setattr(owner, name, watched)
+
+
+def _grant(sending: Any, grant: wire.Grant, events: Counter[str]) -> None:
+    source = sending._sources.get(grant.transfer_id)
+    if source is None or not source.trace.offered_s:
+        events["grant:early"] += 1
+    elif source.fan.done:
+        events["grant:late"] += 1
+    else:
+        events["grant:in_time"] += 1

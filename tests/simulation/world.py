@@ -1,0 +1,114 @@
+"""A world: engines, pool nodes, clients and faults, run to its end and then examined."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.pool.bed import NodeThread
+
+from .driver import Driver
+from .engine import SimEngine
+from .load import Load
+from .plan import WorldPlan
+from .watch import watch
+
+DRAIN_S = 60.0
+
+
+@dataclass(slots=True)
+class Result:
+    """What became of a world. `failures` are wrong blocks and answers, `leaks` what has not come back."""
+
+    plan: WorldPlan
+    requests: int = 0
+    unended: int = 0
+    failures: list[str] = field(default_factory=list)
+    leaks: list[str] = field(default_factory=list)
+    events: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        return not (self.failures or self.leaks or self.unended)
+
+
+class ThreadedWorld:
+    """Real threads, ZeroMQ and tcp:// between the parts; engines and clients take turns on this thread."""
+
+    def __init__(self, plan: WorldPlan) -> None:
+        self.plan = plan
+        self.result = Result(plan)
+        self._rnd = random.Random(f"run-{plan.seed}")
+        self._folder = Path(tempfile.mkdtemp(prefix="lmkv-world-"))
+        self._nodes = [
+            NodeThread(self._folder / str(i), None, capacity="8MiB", transport="tcp://127.0.0.1:0")
+            for i in range(plan.nodes)
+        ]
+        pool = [node.node.card.address for node in self._nodes]
+        settings = plan.settings | {"transport": "tcp://127.0.0.1:0", "pool": pool}
+        self.engines = [
+            SimEngine(f"{kind.role[3:]}{i}", kind, settings, self._rnd, self._fail, self.result.events)
+            for i, kind in enumerate((*plan.prefills, *plan.decodes))
+        ]
+        for engine in self.engines:
+            watch(engine, self.result.events)
+        load = Load(self._rnd, plan.requests, plan.gentle_s, plan.pd, plan.abort, plan.late)
+        p = len(plan.prefills)
+        self.driver = Driver(
+            self._rnd, time.monotonic, self.engines[:p], self.engines[p:], load, self._fail, self.result.events
+        )
+
+    def _fail(self, text: str) -> None:
+        self.result.failures.append(text)
+
+    def run(self, limit_s: float = 120.0) -> Result:
+        started_s = time.monotonic()
+        parts: list[Any] = [self.driver, *self.engines]
+        while not self.driver.done and time.monotonic() - started_s < limit_s:
+            self._turns(parts)
+            if len(self.result.failures) > 20:
+                break
+        self.result.unended = sum(len(engine.jobs) for engine in self.engines)
+        until_s = time.monotonic() + DRAIN_S
+        while any(engine.busy for engine in self.engines) and time.monotonic() < until_s:
+            self._turns(self.engines)
+        self.result.requests = self.driver.requests
+        self._count()
+        self._find_leaks()
+        self.close()
+        self.result.seconds = time.monotonic() - started_s
+        return self.result
+
+    def _turns(self, parts: list[Any]) -> None:
+        now_s = time.monotonic()
+        due = [part for part in parts if part.next_s(now_s) <= 0]
+        self._rnd.shuffle(due)
+        for part in due:
+            part.turn(time.monotonic())
+        if not due:
+            time.sleep(0.0005)
+
+    def _count(self) -> None:
+        for engine in self.engines:
+            for name, n in engine.scheduler.connector._scheduler.book.counts().items():
+                self.result.events[name] += n
+
+    def _find_leaks(self) -> None:
+        for engine in self.engines:
+            free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+            if free != engine.free_at_start:
+                self.result.leaks.append(f"{engine.name}: {engine.free_at_start - free} blocks are not free")
+
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        for node in self._nodes:
+            node.end()
+        shutil.rmtree(self._folder, ignore_errors=True)
