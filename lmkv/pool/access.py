@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -20,12 +19,14 @@ import zmq
 from numpy.typing import NDArray
 
 from lmkv import poolwire as pw
+from lmkv.control.host import Connection
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import PeerLostError, PoolError, StateError, TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.transport import Extents, OpId, PeerId, Transport
 
 from .link import Link
-from .memory import ArenaMemory, attach, host_id
+from .memory import ArenaMemory, attach
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Me:
     name: str
     transport: Transport | None = None
     scratch: Extents | None = None
+    runtime: Runtime = THREADS
 
 
 class NodeAccess:
@@ -77,7 +79,7 @@ class NodeAccess:
         map_arena: bool = True,
         use_arena: bool = True,
     ) -> None:
-        self.link = Link(context, address)
+        self.link = Link(context, address, me.runtime.entropy)
         self.card: pw.NodeCard | None = None
         self.reach = Reach.SEEKING
         self.memory: ArenaMemory | None = None
@@ -86,7 +88,7 @@ class NodeAccess:
         self._map_arena = map_arena
         self._use_arena = use_arena
         self._namespaces: dict[bytes, str] = {}
-        self._connection: socket.socket | None = None
+        self._connection: Connection | None = None
         self._peer: PeerId | None = None
         self._export = b""
         self._warming: dict[OpId, PeerId] = {}
@@ -97,7 +99,7 @@ class NodeAccess:
         self._heard_s = float("-inf")
         self._number = next(_numbers) % _ACCESSES
         self._fetches = 0
-        self._fetching: set[OpId] = set()
+        self._fetching: dict[OpId, None] = {}
         self._fetched: list[tuple[OpId, TransportError | None]] = []
         self._beat_s = float("-inf")
         self._tick_s = float("-inf")
@@ -182,15 +184,15 @@ class NodeAccess:
         if not self._use_arena:
             self._become(Reach.ASKING)
             return
-        if self._map_arena and card.share and card.host == host_id():
+        if self._map_arena and card.share and card.host == me.runtime.host.identity():
             who = json.dumps({"incarnation": me.incarnation, "rank": me.rank}).encode()
             try:
-                self.memory, self._connection = attach(card.share, who)
+                self.memory, self._connection = attach(me.runtime.host, card.share, who)
             except PoolError as error:
                 logger.info("pool node %s is on this host, but: %s", card.name, error)
             else:
                 if card.prefault:
-                    self.memory.touch_in_background()
+                    me.runtime.background("lmkv-arena", self.memory.touch)
                 self._become(Reach.LOCAL)
                 return
         if me.transport is None or not card.export:
@@ -334,11 +336,11 @@ class NodeAccess:
         self._fetches += 1
         op = OpId(-self._fetches * _ACCESSES - self._number)
         addresses = tuple(int(row) for row in local.table[:, 0])
-        self._fetching.add(op)
+        self._fetching[op] = None
 
         def fetched(answer: pw.Fetched | None) -> None:
             if answer is not None and op in self._fetching:  # no answer proves nothing
-                self._fetching.discard(op)
+                del self._fetching[op]
                 self._fetched.append((op, TransportError(answer.error) if answer.error else None))
 
         joined = b"".join(keys)

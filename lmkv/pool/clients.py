@@ -7,12 +7,12 @@ share socket has ended; one on the data plane when that says so (PeerLost), for 
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from lmkv.control.host import Connection
 from lmkv.errors import TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.poolwire import PoolHello
@@ -36,7 +36,7 @@ class Client:
     heard_s: float
     transport_id: PeerId | None = None
     scratch: Extents | None = None
-    shares: set[socket.socket] = field(default_factory=set)
+    shares: set[Connection] = field(default_factory=set)
     """It maps the arena as long as one of these is open."""
     probe_s: float = 0.0
 
@@ -107,7 +107,7 @@ class Clients:
         self._probe(client)
         return ""
 
-    def shared(self, writer: Writer, connection: socket.socket, now_s: float) -> None:
+    def shared(self, writer: Writer, connection: Connection, now_s: float) -> None:
         """The client has mapped the arena; `connection` ends with it."""
         client = self._clients.setdefault(writer, Client(writer, f"engine {writer[0]}", now_s))
         client.shares.add(connection)
@@ -117,7 +117,7 @@ class Clients:
         client = self._clients.get(writer)
         return client is not None and (bool(client.shares) or client.transport_id is not None)
 
-    def share_ended(self, writer: Writer, connection: socket.socket) -> None:
+    def share_ended(self, writer: Writer, connection: Connection) -> None:
         client = self._clients.get(writer)
         connection.close()
         if client is not None and connection in client.shares:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import zmq
 
 from lmkv import poolwire as pw
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.poolwire import Refusal
@@ -61,9 +62,10 @@ class Copying:
         scratch: Extents | None,
         visible: Callable[[Entry], None],
         counters: Counter[str],
+        runtime: Runtime = THREADS,
     ) -> None:
         self._context = context
-        self._me = Me(incarnation, COPY_RANK, name, transport, scratch)
+        self._me = Me(incarnation, COPY_RANK, name, transport, scratch, runtime)
         self._writer = (incarnation, COPY_RANK)
         self._index = index
         self._memory = memory
@@ -215,8 +217,10 @@ class Copying:
 class Replicas:
     """The nodes that hold copies of what is stored here with such a promise: asked to fetch them, and waited for."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], addresses: tuple[str, ...]) -> None:
-        self._links = [Link(context, address) for address in addresses]
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], addresses: tuple[str, ...], runtime: Runtime = THREADS
+    ) -> None:
+        self._links = [Link(context, address, runtime.entropy) for address in addresses]
 
     def __len__(self) -> int:
         return len(self._links)

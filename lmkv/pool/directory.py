@@ -45,7 +45,7 @@ class Directory:
         self._fixed = frozenset(nodes)
         self._accesses: dict[str, NodeAccess] = {}
         self._namespaces: dict[bytes, str] = {}
-        self.controllers = [Link(context, address) for address in controllers]
+        self.controllers = [Link(context, address, me.runtime.entropy) for address in controllers]
         self._answered_s = [float("-inf")] * len(controllers)
         self._asked_s = float("-inf")
         self.fds_changed = True

@@ -16,6 +16,7 @@ import zmq
 
 from lmkv import poolwire as pw
 from lmkv.control.mailbox import split_address
+from lmkv.control.wake import has_mail
 from lmkv.errors import WireError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +35,12 @@ class _Open:
 class Link:
     """`fd` is readable when `receive` may have something to do; call that at least until `next_s` is over as well."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], address: str) -> None:
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        address: str,
+        entropy: Callable[[int], bytes] = os.urandom,
+    ) -> None:
         split_address(address)
         self.address = address
         self._socket = context.socket(zmq.DEALER)
@@ -46,7 +52,7 @@ class Link:
         self._socket.connect(address)
         self._open: dict[int, _Open] = {}
         # Tokens name questions to the node also after this link: none may be another link's.
-        self._next_token = int.from_bytes(os.urandom(6), "little") + 1
+        self._next_token = int.from_bytes(entropy(6), "little") + 1
         self.unreadable = 0
 
     @property
@@ -117,7 +123,7 @@ class Link:
 
     def next_s(self, now_s: float) -> float:
         """0 also when something has come: what was sent may have taken its wake-up (`fd` tells only once)."""
-        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+        if has_mail(self._socket):
             return 0.0
         return max(0.0, min((question.until_s - now_s for question in self._open.values()), default=3600.0))
 

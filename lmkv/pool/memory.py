@@ -7,18 +7,15 @@ It is never unmapped while the process lives: peers may still write to it.
 from __future__ import annotations
 
 import ctypes
-import errno
 import logging
 import mmap
 import os
-import socket
-import struct
-import threading
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmkv.control.host import Connection, Host
 from lmkv.errors import ConfigError, PoolError
 
 logger = logging.getLogger(__name__)
@@ -27,7 +24,6 @@ HUGE_BYTES = 2 << 20
 TOUCH_BYTES = 16 << 20
 MADV_POPULATE_WRITE = 23
 """Of Linux 5.14; Python has no name for it."""
-_LENGTH = struct.Struct("<Q")
 
 
 class ArenaMemory:
@@ -70,12 +66,9 @@ class ArenaMemory:
                 logger.info("no huge pages for the arena: %s", error)
         raise AssertionError("the last kind returns or raises")
 
-    def touch_in_background(self) -> None:
-        """Have every page there before it is used: the first use of a page costs more than filling it. Ends by itself;
-        what fails only costs that time later."""
-        threading.Thread(target=self._touch, name="lmkv-arena", daemon=True).start()
-
-    def _touch(self) -> None:
+    def touch(self) -> None:
+        """Have every page there before it is used: the first use of a page costs more than filling it. Takes a second
+        for some gigabytes; what fails only costs that time later."""
         libc = ctypes.CDLL(None, use_errno=True)
         for offset in range(0, self.capacity_bytes, TOUCH_BYTES):
             size = min(TOUCH_BYTES, self.capacity_bytes - offset)
@@ -108,73 +101,18 @@ def _free_huge_bytes() -> int:
         return 0
 
 
-def host_id() -> str:
-    """Differs between hosts and between boots."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-# --- giving it away ---
-
-
-def listen_for_sharers(path: str) -> socket.socket:
-    """A Unix socket at `path`, for this user's processes only. Raises ConfigError."""
-    place = Path(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
-    try:
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if place.parent.stat().st_uid not in (0, os.getuid()):
-            raise PermissionError(errno.EPERM, f"{place.parent} belongs to another user")
-        _remove_left_over(place)
-        listener.bind(path)
-        place.chmod(0o600)
-        listener.listen(64)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot share the arena at {path}: {error}", hint="give another path with --share, or --share none"
-        ) from error
-    return listener
-
-
-def _remove_left_over(place: Path) -> None:
-    """The socket of a node that has died. Raises OSError when one listens there."""
-    if not place.is_socket():
-        return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK) as probe:
-        try:
-            probe.connect(str(place))
-        except ConnectionRefusedError:
-            place.unlink(missing_ok=True)
-            return
-    raise OSError(errno.EADDRINUSE, "another pool node listens there")
-
-
-def give(connection: socket.socket, memory: ArenaMemory) -> None:
-    """Send the descriptor. Raises OSError when the other side has gone."""
-    socket.send_fds(connection, [_LENGTH.pack(memory.capacity_bytes)], [memory.fd])
-
-
-def attach(path: str, who: bytes, timeout_s: float = 2.0) -> tuple[ArenaMemory, socket.socket]:
-    """Map the arena of the node that listens at `path`. `who` tells it who we are (at most 200 bytes).
+def attach(host: Host, path: str, who: bytes) -> tuple[ArenaMemory, Connection]:
+    """Map the arena that a node of this host offers at `path`. `who` tells it who we are.
 
     The connection is to be kept open as long as the arena is used: its end tells the node that we are gone. Raises
     PoolError when there is nobody, or not for us.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.settimeout(timeout_s)
+    fd, capacity_bytes, connection = host.attach(path, who)
     try:
-        connection.connect(path)
-        connection.send(who)
-        head, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1)
-        if len(head) != _LENGTH.size or len(descriptors) != 1:
-            raise OSError(errno.EPROTO, "no descriptor came")
-        memory = ArenaMemory(descriptors[0], _LENGTH.unpack(head)[0], "attached")
-        memory.close_fd()  # the mapping has its own
+        memory = ArenaMemory(fd, capacity_bytes, "attached")
     except (OSError, ValueError) as error:
+        os.close(fd)
         connection.close()
         raise PoolError(f"the arena at {path} cannot be mapped: {error}", code="LMKV-P802") from error
-    connection.setblocking(False)
+    memory.close_fd()  # the mapping has its own
     return memory, connection

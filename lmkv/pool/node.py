@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
-import select
 import socket
 import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import zmq
 
 from lmkv import poolwire as pw
 from lmkv.control.etcd import EtcdMembership
+from lmkv.control.host import Connection, Offer
 from lmkv.control.mailbox import split_address
-from lmkv.control.wake import Wake, wait
+from lmkv.control.runtime import START_S, THREADS, Runtime
+from lmkv.control.wake import has_mail
 from lmkv.errors import ConfigError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
-from lmkv.transport import Completion, PeerLost, Region, Transport, open_transport
+from lmkv.transport import Completion, PeerLost, Region, Transport
 
 from .arena import Arena
 from .clients import Clients
@@ -32,7 +30,7 @@ from .copying import Copying, Replicas
 from .desk import Desk
 from .index import PoolIndex, Writer
 from .leases import Leases
-from .memory import ArenaMemory, give, host_id, listen_for_sharers
+from .memory import ArenaMemory
 from .policy import make_policy
 from .publisher import Publisher, control_url
 from .pushing import Pushing
@@ -56,26 +54,31 @@ OpenTiers = Callable[[Callable[[pw.Tier, list[bytes]], None]], list[TierSettings
 
 
 class PoolNode:
-    """Everything is bound at construction (raises ConfigError, TierError); `run`, on the same thread, until `stop`."""
+    """Everything is bound at construction (raises ConfigError, TierError). `run`, on the same thread, or `start`, then
+    until `stop`. The rest is a `Part`."""
 
     def __init__(
         self,
         settings: NodeSettings,
         tiers: OpenTiers = lambda evicted: [],
+        runtime: Runtime = THREADS,
     ) -> None:
         self._settings = settings
-        self._incarnation = make_incarnation(os.urandom(8))
+        self._runtime = runtime
+        self._incarnation = make_incarnation(runtime.entropy(8))
         self._stop = threading.Event()
-        self._wake = Wake()
+        self._runner = runtime.runner("lmkv-pool", self)
         self._ending = contextlib.ExitStack()
         """Closes what has been opened, the last first."""
-        self._ending.callback(self._close_wake)
-        self._wake_lock = threading.RLock()  # (a signal's handler runs on the node's own thread)
-        self._ended = False
+        self._is_watched = False
+        self._has_more = False
+        self._end_s = float("inf")
+        """The drain at the end is given up then."""
         try:
             self._build(settings, tiers)
         except BaseException:
             self._ending.close()
+            self._runner.stop()
             raise
         self._beat_s = 0.0
         self._tick_s = 0.0
@@ -85,22 +88,22 @@ class PoolNode:
         self._ending.callback(self._memory.close_fd)
         capacity_bytes = self._memory.capacity_bytes
         self._index = PoolIndex(
-            Arena(capacity_bytes), lambda: make_policy(settings.policy), settings.write_lease_s, _fresh()
+            Arena(capacity_bytes), lambda: make_policy(settings.policy), settings.write_lease_s, self._fresh()
         )
         counters = self._index.counters
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = self._runtime.context()
         self._ending.callback(self._context.destroy, linger=200)
         self._router, host = self._bind()
         self._publisher = Publisher(self._context, host, settings.advertise, self._index)
         self._publisher.beat_to(settings.controller)
-        self._listener, share = self._open_share()
-        self._sharers: dict[int, tuple[socket.socket, Writer | None]] = {}
+        self._sharers: dict[Connection, Writer] = {}
+        self._offer, share = self._open_share()
         self._transport = self._open_data_plane()
         self._clients = Clients(self._transport, max(10 * settings.beat_s, 5.0), self._client_dead)
         self._tiering: Tiering | None = None  # a tier may evict while it opens
-        self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), counters, self._wake.set)
+        self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), counters, self._runner.wake)
         self._ending.callback(self._tiering.close)
-        self._leases = Leases(self._index, counters, int(capacity_bytes * settings.pin_share), _fresh())
+        self._leases = Leases(self._index, counters, int(capacity_bytes * settings.pin_share), self._fresh())
         self._copying = Copying(
             self._context,
             self._incarnation,
@@ -111,10 +114,11 @@ class PoolNode:
             self._clients.scratch,
             self._tiering.visible,
             counters,
+            self._runtime,
         )
         self._ending.callback(self._copying.close)
         self._pushing = Pushing(self._index, self._memory, self._transport, counters)
-        self._replicas = Replicas(self._context, settings.replicas)
+        self._replicas = Replicas(self._context, settings.replicas, self._runtime)
         self._ending.callback(self._replicas.close)
         self.card = self._card(host, share)
         self._desk = Desk(
@@ -148,7 +152,7 @@ class PoolNode:
             self._memory.address,
             self._memory.capacity_bytes,
             share,
-            host_id(),
+            self._runtime.host.identity(),
             prefault=settings.prefault,
         )
 
@@ -175,81 +179,77 @@ class PoolNode:
     def _open_data_plane(self) -> Transport | None:
         if self._settings.transport == "none":
             return None
-        transport = open_transport(self._settings.transport, f"lmkv-pool-{self._incarnation}")
+        transport = self._runtime.transport(self._settings.transport, f"lmkv-pool-{self._incarnation}")
         self._ending.callback(transport.abort)
         data = self._memory.data
         transport.register(Region(self._memory.address, self._memory.capacity_bytes, owner=data))
         return transport
 
-    def _open_share(self) -> tuple[socket.socket | None, str]:
+    def _open_share(self) -> tuple[Offer | None, str]:
         if self._settings.share == "none":
             return None, ""
         path = self._settings.share or default_share(self._incarnation)
-        listener = listen_for_sharers(path)
-        self._ending.callback(Path(path).unlink, missing_ok=True)
-        self._ending.callback(listener.close)
-        return listener, path
+        memory = self._memory
+        offer = self._runtime.host.offer(path, memory.fd, memory.capacity_bytes, self._joined, self._left)
+        self._ending.callback(offer.close)
+        return offer, path
 
     # --- life ---
 
     def run(self, ready: Callable[[], None] = lambda: None) -> None:
-        """Serves until `stop` and the drain that it starts. Closes everything."""
-        assert self._tiering is not None
-        try:
-            started_s = time.monotonic()
-            for store in self._tiering.stores:
-                self._desk.namespaces.update(store.descriptions())
-            count = self._tiering.adopt()
-            if self._tiering.stores:
-                logger.info("%d pages found in lower tiers in %.1f s", count, time.monotonic() - started_s)
-            if self._etcd is not None:
-                self._etcd.register(self.card)
-            if self._settings.prefault:
-                self._memory.touch_in_background()
-            ready()
-            self._loop()
-        finally:
-            self._end()
+        """Serves on this thread until `stop` and the drain that it starts. Closes everything."""
+        self._runner.run(ready)
+
+    def start(self, timeout_s: float = START_S) -> None:
+        """Serves elsewhere, see `Runner.start`."""
+        self._runner.start(timeout_s)
 
     def stop(self) -> None:
         """From any thread, or a signal handler: drain, then end."""
         self._stop.set()
-        with self._wake_lock:
-            if not self._ended:
-                self._wake.set()
+        self._runner.wake()
 
-    def _close_wake(self) -> None:
-        with self._wake_lock:
-            self._ended = True
-            self._wake.close()
+    def open(self) -> None:
+        assert self._tiering is not None
+        started_s = self._runtime.clock()
+        for store in self._tiering.stores:
+            self._desk.namespaces.update(store.descriptions())
+        count = self._tiering.adopt()
+        if self._tiering.stores:
+            logger.info("%d pages found in lower tiers in %.1f s", count, self._runtime.clock() - started_s)
+        if self._etcd is not None:
+            self._etcd.register(self.card)
+        if self._settings.prefault:
+            self._runtime.background("lmkv-arena", self._memory.touch)
 
-    def _loop(self) -> None:
-        poller = select.poll()
-        fds = [self._router.fileno(), self._wake.fd, *(self._transport.fds() if self._transport else [])]
-        if self._listener is not None:
-            fds.append(self._listener.fileno())
-        for fd in fds:
-            poller.register(fd, select.POLLIN)
-        more, until_s = False, float("inf")
-        while not self._desk.stopping:
-            now_s = time.monotonic()
-            # What was sent since may have taken the wake-up of what has come (the socket's descriptor tells only once).
-            more = more or bool(int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
-            waits = (self._desk.next_s(now_s), self._copying.next_s(now_s), self._replicas.next_s(now_s))
-            pause_s = 0.0 if more else min(self._pause_s(now_s), *waits)
-            ready = {fd for fd, _ in wait(poller, pause_s)}
-            self._wake.clear()
-            now_s = time.monotonic()
-            if self._stop.is_set() and until_s == float("inf"):
-                until_s = now_s + self._settings.drain_s
-                self._desk.drain(b"", 0, True)
-            if now_s > until_s:
-                logger.warning("the drain took longer than %g s; ending", self._settings.drain_s)
-                return
-            self._take_shares(ready, poller, now_s)
-            more = self._take_letters(now_s)
-            self._take_events()
-            self._tend(now_s)
+    def turn(self, now_s: float) -> None:
+        if self._stop.is_set() and self._end_s == float("inf"):
+            self._end_s = now_s + self._settings.drain_s
+            self._desk.drain(b"", 0, True)
+        if now_s > self._end_s:
+            logger.warning("the drain took longer than %g s; ending", self._settings.drain_s)
+            self._runner.stop()
+            return
+        if self._offer is not None:
+            self._offer.turn()
+        self._has_more = self._take_letters(now_s)
+        self._take_events(now_s)
+        self._tend(now_s)
+        if self._desk.stopping:
+            self._runner.stop()
+
+    def next_s(self, now_s: float) -> float:
+        if self._has_more or has_mail(self._router):
+            return 0.0
+        waits = (self._desk.next_s(now_s), self._copying.next_s(now_s), self._replicas.next_s(now_s))
+        return min(self._pause_s(now_s), *waits)
+
+    def descriptors(self) -> Sequence[int] | None:
+        if self._is_watched:
+            return None
+        self._is_watched = True
+        offer = [self._offer.descriptor] if self._offer is not None else []
+        return [self._router.fileno(), *offer, *(self._transport.fds() if self._transport is not None else [])]
 
     def is_hurried(self, now_s: float) -> bool:
         """Bytes are moving over the data plane, or expected to."""
@@ -324,54 +324,29 @@ class PoolNode:
         except zmq.ZMQError as error:
             logger.debug("an answer was not taken: %s", error)
 
-    def _take_events(self) -> None:
+    def _take_events(self, now_s: float) -> None:
         if self._transport is None:
             return
         for event in self._transport.poll():
             match event:
                 case Completion(op, error):
                     self._transport.release(op)
-                    ours = self._pushing.completed(op, error) or self._copying.completed(op, error, time.monotonic())
+                    ours = self._pushing.completed(op, error) or self._copying.completed(op, error, now_s)
                     if not ours:
                         self._clients.completed(op, error)
                 case PeerLost(peer, reason):
                     self._copying.peer_lost(peer, reason)
                     self._clients.lost(peer, reason)
 
-    def _take_shares(self, ready: set[int], poller: select.poll, now_s: float) -> None:
-        if self._listener is not None and self._listener.fileno() in ready:
-            try:
-                connection, _ = self._listener.accept()
-                connection.setblocking(False)
-                self._sharers[connection.fileno()] = (connection, None)
-                poller.register(connection.fileno(), select.POLLIN)
-            except OSError as error:
-                logger.warning("a process that wanted to map the arena: %s", error)
-        for fd in ready & self._sharers.keys():
-            connection, writer = self._sharers[fd]
-            try:
-                told = connection.recv(256)
-                if told and writer is None:
-                    self._sharers[fd] = (connection, self._share(connection, told, now_s))
-                if told:
-                    continue
-            except BlockingIOError:
-                continue
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                logger.warning("a process that wanted to map the arena: %s", error)
-            poller.unregister(fd)
-            del self._sharers[fd]
-            if writer is None:
-                connection.close()
-            else:
-                self._clients.share_ended(writer, connection)
-
-    def _share(self, connection: socket.socket, told: bytes, now_s: float) -> Writer:
+    def _joined(self, connection: Connection, told: bytes) -> None:
+        """Raises ValueError, KeyError or TypeError for what nobody of ours says."""
         who = json.loads(told)
         writer = (Incarnation(str(who["incarnation"])), Rank(int(who["rank"])))
-        give(connection, self._memory)
-        self._clients.shared(writer, connection, now_s)
-        return writer
+        self._sharers[connection] = writer
+        self._clients.shared(writer, connection, self._runtime.clock())
+
+    def _left(self, connection: Connection) -> None:
+        self._clients.share_ended(self._sharers.pop(connection), connection)
 
     def _client_dead(self, writer: Writer) -> None:
         self._index.writer_dead(*writer)
@@ -383,14 +358,11 @@ class PoolNode:
 
     # --- ending ---
 
-    def _end(self) -> None:
+    def end(self) -> None:
         self._publisher.flush(self._incarnation)
         self._publisher.beat(self._beat(leaving=True))
-        for connection, _ in self._sharers.values():
-            connection.close()
         self._ending.close()
 
-
-def _fresh() -> int:
-    """A number to count from that another incarnation has hardly come to."""
-    return int.from_bytes(os.urandom(6), "little")
+    def _fresh(self) -> int:
+        """A number to count from that another incarnation has hardly come to."""
+        return int.from_bytes(self._runtime.entropy(6), "little")

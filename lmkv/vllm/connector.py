@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -25,6 +25,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from lmkv.config import connector_settings
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import ConfigError
 
 from . import compat
@@ -41,6 +42,8 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
     """Prefill pushes the KV of a request into decode while it computes; see ARCHITECTURE.md."""
 
     _cache_hit_source = CacheHitSource.P2P
+    runtime: ClassVar[Runtime] = THREADS
+    """Threads, sockets and time of both halves; the simulator's subclass has others."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
@@ -56,13 +59,13 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
-            from .scheduler import SchedulerSide  # noqa: PLC0415  (loads zmq only where it is needed)
+            from .scheduler import SchedulerSide  # noqa: PLC0415  (loads each half only where it is needed)
 
-            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, settings)
+            self._scheduler = SchedulerSide(vllm_config, kv_cache_config, settings, self.runtime)
         else:
             from .worker import WorkerSide  # noqa: PLC0415
 
-            self._worker = WorkerSide(vllm_config, kv_cache_config, settings, compat.tensor_rank())
+            self._worker = WorkerSide(vllm_config, kv_cache_config, settings, compat.tensor_rank(), self.runtime)
 
     # --- class hooks ---
 

@@ -6,7 +6,6 @@ wait until the first has loaded, and then find the prompt in the local prefix ca
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.control.pairing import PairState
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
 
@@ -68,7 +68,9 @@ class DecodeSide:
         outbox: Outbox,
         book: LedgerBook,
         world: int,
+        runtime: Runtime = THREADS,
     ) -> None:
+        self._runtime = runtime
         self._settings = settings
         self._incarnation = incarnation
         self._block_tokens = block_tokens
@@ -106,7 +108,7 @@ class DecodeSide:
 
     def new_request(self, request: Any, params: RequestParams) -> None:
         transfer = self._transfers.get(params.transfer_id)
-        now_s = time.monotonic()
+        now_s = self._runtime.clock()
         if transfer is None:
             transfer = self._transfers[params.transfer_id] = _Transfer(params, now_s)
             self._book.update(
@@ -129,7 +131,7 @@ class DecodeSide:
         state, reason, _ = self._endpoint.pair(transfer.params.peer_address)
         if state is PairState.READY:
             return missing, True
-        if state is PairState.PENDING and time.monotonic() - transfer.arrived_s < self._settings.pair_s:
+        if state is PairState.PENDING and self._runtime.clock() - transfer.arrived_s < self._settings.pair_s:
             return None, False
         self._miss(transfer, "refused" if reason else "not_paired", reason)
         return 0, False
@@ -166,7 +168,7 @@ class DecodeSide:
         incarnation = card.incarnation if card is not None else Incarnation("")
         landing = card is not None and not self._endpoint.is_direct(card)
         theirs = self._their_blocks(card, ranges, tokens) if card is not None and landing else ()
-        now_s = time.monotonic()
+        now_s = self._runtime.clock()
         first_block = tuple(lo for lo, _ in theirs) or tuple(r.lo for r in ranges)
         wanted = tuple((1,) * (hi - lo) for lo, hi in theirs) or tuple(r.ids for r in ranges)
         grant = wire.Grant(self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing)
@@ -206,7 +208,7 @@ class DecodeSide:
         """
         if self._expects or self._abandons:
             return True
-        oldest_s = time.monotonic() - QUARANTINE_STEPS_S
+        oldest_s = self._runtime.clock() - QUARANTINE_STEPS_S
         return any(t.held and t.held_s > oldest_s for t in self._transfers.values())
 
     @property
@@ -236,7 +238,7 @@ class DecodeSide:
             transfer.failed = True
         if transfer.reports == self._world:
             transfer.state = _State.DONE
-            self._book.update(report.transfer_id, loaded_s=time.monotonic(), outcome=report.outcome)
+            self._book.update(report.transfer_id, loaded_s=self._runtime.clock(), outcome=report.outcome)
             self._book.count(f"receive:{report.outcome}")
             self._drop_if_over(transfer)
 
@@ -249,7 +251,7 @@ class DecodeSide:
         elif transfer.state is _State.NEW and not transfer.requests:
             transfer.state = _State.DONE
             self._not_needed(transfer, "request ended before its grant")
-        self._book.update(transfer.params.transfer_id, finished_s=time.monotonic())
+        self._book.update(transfer.params.transfer_id, finished_s=self._runtime.clock())
         self._drop_if_over(transfer)
 
     # --- inside ---
@@ -268,7 +270,7 @@ class DecodeSide:
         if transfer.held or self._block_pool is None:
             return
         transfer.held = [self._block_pool.blocks[i] for i in transfer.block_ids]
-        transfer.held_s = time.monotonic()
+        transfer.held_s = self._runtime.clock()
         self._block_pool.touch(transfer.held)
         self._book.count("quarantined_blocks", len(transfer.held))
 

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Callable
-
-import zmq
+from collections.abc import Callable, Sequence
 
 from lmkv import wire
 from lmkv.control.mailbox import Inbox, Letter, Outbox
 from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, ToWorkers
-from lmkv.control.wake import Wake
+from lmkv.control.runtime import THREADS, Runtime
+from lmkv.control.wake import has_mail
 from lmkv.obs.ledger import LedgerBook
 
 from .fingerprint import compare, is_direct, is_exact
@@ -24,40 +22,45 @@ from .fingerprint import compare, is_direct, is_exact
 logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
+_SEEK_S = 0.1
 _WANTED_FOR_S = 60.0
 
 
 class EngineEndpoint:
-    """Binds at construction (raises ConfigError), runs from `start(card)` to `close()`."""
+    """Binds at construction (raises ConfigError), runs from `start(card)` to `close()`.
 
-    def __init__(self, listen: str, advertise: str, book: LedgerBook) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    The engine thread uses what stands first. The rest, a `Part`, is the endpoint thread's.
+    """
+
+    def __init__(self, listen: str, advertise: str, book: LedgerBook, runtime: Runtime = THREADS) -> None:
+        self._runtime = runtime
+        self._context = runtime.context()
         self._inbox = Inbox(self._context, listen, advertise)
         self._outbox = Outbox(self._context)
         self._book = book
-        self._wake = Wake()
         self._lock = threading.Lock()
         self._pairing: Pairing | None = None
         self._wanted: dict[str, float] = {}
         self._to_send: deque[tuple[str, wire.Control]] = deque()
-        self._stop = threading.Event()
+        self._is_watched = False
+        self._is_closed = False
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
         self._closed = "the digest of the weights is not known yet"
         """Why there is no pairing (yet)."""
-        self._thread = threading.Thread(target=self._run, name="lmkv-endpoint", daemon=True)
+        self._runner = runtime.runner("lmkv-endpoint", self)
 
     @property
     def address(self) -> str:
         return self._inbox.address
 
     def start(self, card: wire.EngineCard, peers: tuple[str, ...]) -> None:
-        now_s = time.monotonic()
+        now_s = self._runtime.clock()
         with self._lock:
-            if self._stop.is_set():
+            if self._is_closed:
                 return
             self._pairing = Pairing(card, compare)
             self._wanted = dict.fromkeys(peers, now_s + _WANTED_FOR_S)
-            self._thread.start()
+            self._runner.start()
 
     def on_pool(self, hear: Callable[[wire.PoolNodes | wire.Parked], None]) -> None:
         """Before `start`: who hears, on the endpoint's thread, what is told of the pool."""
@@ -80,9 +83,9 @@ class EngineEndpoint:
             card = self._pairing.ready_card(address)
             if state is not PairState.READY:
                 new = address not in self._wanted
-                self._wanted[address] = time.monotonic() + _WANTED_FOR_S
+                self._wanted[address] = self._runtime.clock() + _WANTED_FOR_S
                 if new:
-                    self._wake.set()
+                    self._runner.wake()
         return state, reason, card
 
     def is_direct(self, card: wire.EngineCard) -> bool:
@@ -98,42 +101,46 @@ class EngineEndpoint:
     def tell(self, address: str, message: wire.Control) -> None:
         """Send a message that is in no hurry."""
         self._to_send.append((address, message))
-        self._wake.set()
+        self._runner.wake()
 
     def close(self) -> None:
         with self._lock:
-            self._stop.set()
-        self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=5)
-        else:
-            self._end()
+            was_closed, self._is_closed = self._is_closed, True
+        was_started = self._pairing is not None
+        self._runner.stop()
+        if not was_started and not was_closed:
+            self.end()
 
     # --- endpoint thread ---
 
-    def _run(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._inbox.socket, zmq.POLLIN)
-        poller.register(self._wake.fd, zmq.POLLIN)
-        while not self._stop.is_set():
-            poller.poll(int((0.1 if self._wanted else _IDLE_S) * 1000))
-            self._wake.clear()
-            while self._to_send:
-                self._outbox.send(*self._to_send.popleft())
-            for letter in self._inbox.receive():
-                self._take(letter)
-            self._seek()
-        self._end()
+    def open(self) -> None:
+        """All is open since construction."""
 
-    def _end(self) -> None:
+    def turn(self, now_s: float) -> None:
+        while self._to_send:
+            self._outbox.send(*self._to_send.popleft())
+        for letter in self._inbox.receive():
+            self._take(letter, now_s)
+        self._seek(now_s)
+
+    def next_s(self, now_s: float) -> float:
+        if has_mail(self._inbox.socket):
+            return 0.0
+        return _SEEK_S if self._wanted else _IDLE_S
+
+    def descriptors(self) -> Sequence[int] | None:
+        if self._is_watched:
+            return None
+        self._is_watched = True
+        return [self._inbox.socket.fileno()]
+
+    def end(self) -> None:
         self._inbox.close()
         self._outbox.close()
         self._context.term()
-        self._wake.close()
 
-    def _seek(self) -> None:
+    def _seek(self, now_s: float) -> None:
         assert self._pairing is not None
-        now_s = time.monotonic()
         actions: list[Action] = []
         with self._lock:
             for address, until_s in list(self._wanted.items()):
@@ -143,8 +150,8 @@ class EngineEndpoint:
                     actions += self._pairing.want(address, now_s)
         self._do(actions)
 
-    def _take(self, letter: Letter) -> None:
-        pairing, message, now_s = self._pairing, letter.message, time.monotonic()
+    def _take(self, letter: Letter, now_s: float) -> None:
+        pairing, message = self._pairing, letter.message
         assert pairing is not None
         actions: list[Action] = []
         with self._lock:

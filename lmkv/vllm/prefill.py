@@ -5,13 +5,13 @@ Runs on the engine thread. vLLM asks it every step; it keeps one small record a 
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lmkv import wire
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
 
@@ -37,7 +37,10 @@ class _Prefill:
 class PrefillSide:
     """`block_tokens`: tokens a block, by transfer group. `select` picks the transfer groups out of a block table."""
 
-    def __init__(self, kv_cache_config: Any, block_tokens: tuple[int, ...], book: LedgerBook) -> None:
+    def __init__(
+        self, kv_cache_config: Any, block_tokens: tuple[int, ...], book: LedgerBook, runtime: Runtime = THREADS
+    ) -> None:
+        self._runtime = runtime
         self._select = kv_cache_config.select_transfer_block_ids
         self._block_tokens = block_tokens
         self._book = book
@@ -54,7 +57,7 @@ class PrefillSide:
         while len(self._peers) > _REMEMBERED:
             self._peers.popitem(last=False)
         self._book.update(
-            params.transfer_id, role="prefill", prompt_tokens=request.num_prompt_tokens, arrived_s=time.monotonic()
+            params.transfer_id, role="prefill", prompt_tokens=request.num_prompt_tokens, arrived_s=self._runtime.clock()
         )
 
     @property
@@ -88,7 +91,7 @@ class PrefillSide:
         if not prefill.announced:
             prefill.announced = True
             meta.offers.append(OfferSpec(prefill.transfer_id, request_id))
-            self._book.update(prefill.transfer_id, cached_tokens=before, scheduled_s=time.monotonic())
+            self._book.update(prefill.transfer_id, cached_tokens=before, scheduled_s=self._runtime.clock())
         after = before + output.num_scheduled_tokens[request_id]
         prefill.done = after >= prefill.prompt_tokens
         cached: list[BlockRange] = []
@@ -117,7 +120,7 @@ class PrefillSide:
     def finished(self, request: Any, meta: StepMeta) -> bool:
         """The request has ended; True: keep its blocks until the workers report finished_sending."""
         prefill = self._requests.pop(request.request_id)
-        self._book.update(prefill.transfer_id, finished_s=time.monotonic())
+        self._book.update(prefill.transfer_id, finished_s=self._runtime.clock())
         if not prefill.announced:
             self._orphans.append(prefill)
             return False

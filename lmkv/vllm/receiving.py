@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,15 @@ class Receiving:
     """Notes that come before their Expect wait here, since only the block ids tell what to verify."""
 
     def __init__(
-        self, settings: ConnectorSettings, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox
+        self,
+        settings: ConnectorSettings,
+        rank: Rank,
+        found: memory.KvMemory,
+        peers: Peers,
+        outbox: Outbox,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._settings = settings
         self._rank = rank
         self._found = found
@@ -117,14 +125,14 @@ class Receiving:
         spec = self._specs.get(note.transfer_id)
         if spec is None or note.epoch != spec.epoch or peer not in self._machine.awaited(note.transfer_id, note.epoch):
             return True  # late or strange: the machine counts it, and the slot comes back with the transfer's end
-        trace, start_s = self._traces[note.transfer_id], time.monotonic()
+        trace, start_s = self._traces[note.transfer_id], self._clock()
         if not self._landing.is_right(peer, note, rect):
             logger.error("what landed of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
             return False
-        checked_s = time.monotonic()
+        checked_s = self._clock()
         trace.checksum_s += checked_s - start_s
         error = self._landing.take_out(peer, note, rect)
-        trace.convert_s += time.monotonic() - checked_s
+        trace.convert_s += self._clock() - checked_s
         if error:
             logger.error("%s of %s cannot be converted: %s", rect, note.transfer_id, error)
         return not error
@@ -146,13 +154,13 @@ class Receiving:
         if blocks is None or rect.block_lo < blocks.lo or rect.block_hi > blocks.hi:
             return True
         ids = blocks.ids[rect.block_lo - blocks.lo : rect.block_hi - blocks.lo]
-        start_s = time.monotonic()
+        start_s = self._clock()
         try:
             right = memory.checksum(runs_for(self._map, rect, ids)) == note.checksum
         except TransferError as error:
             logger.warning("note of %s: %s", note.transfer_id, error)
             return True
-        self._traces[note.transfer_id].checksum_s += time.monotonic() - start_s
+        self._traces[note.transfer_id].checksum_s += self._clock() - start_s
         if not right:
             logger.error("checksum of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
         return right

@@ -5,17 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import vllm
-import zmq
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox, split_address
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import ConfigError
 from lmkv.hashing import Manifest
 from lmkv.ids import EngineName, make_incarnation
@@ -41,26 +39,29 @@ ROLES = {"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"}
 class SchedulerSide:
     """Engine thread only, but for the endpoint's own thread."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
+    def __init__(
+        self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings, runtime: Runtime = THREADS
+    ) -> None:
         parallel = vllm_config.parallel_config
         if parallel.pipeline_parallel_size > 1:
             raise ConfigError(
                 f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported by lmkv",
                 hint="use tensor parallelism",
             )
+        self._runtime = runtime
         self._settings = settings
         self._kv_cache_config = kv_cache_config
         self._role = ROLES[vllm_config.kv_transfer_config.kv_role]
-        self._incarnation = make_incarnation(os.urandom(8))
+        self._incarnation = make_incarnation(runtime.entropy(8))
         self._must = must_match(vllm_config, vllm.__version__)
         self._model = str(vllm_config.model_config.model)
         self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
         self._meta = StepMeta()
         self.book = LedgerBook()
-        self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book, runtime)
+        self._context = runtime.context()
         self._outbox = Outbox(self._context)
-        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book)
+        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book, runtime)
         self._decode = DecodeSide(
             settings,
             self._incarnation,
@@ -70,6 +71,7 @@ class SchedulerSide:
             self._outbox,
             self.book,
             parallel.tensor_parallel_size,
+            runtime,
         )
         self._sides: dict[str, PrefillSide | DecodeSide] = {}
         self._pool: PoolSide | None = None
@@ -99,25 +101,25 @@ class SchedulerSide:
                 self._kv_cache_config.select_transfer_block_ids,
                 self.book,
                 len(ordered),
+                self._runtime,
             )
             self._sources = Sources(self._decode, self._pool)
             self._endpoint.on_pool(self._hear_pool)
         elif self._settings.pool or self._settings.controller:
             logger.error("this engine does not use the pool: %s", unpooled)
-        threading.Thread(
-            target=self._open, args=(tuple(meta.card for meta in ordered), layout), name="lmkv-weights", daemon=True
-        ).start()
+        cards = tuple(meta.card for meta in ordered)
+        self._runtime.background("lmkv-weights", lambda: self._open(cards, layout))
 
     def _open(self, workers: tuple[wire.WorkerCard, ...], layout: dict[str, str]) -> None:
-        """On a thread of its own: reads the weights once, then lets the endpoint speak for this engine."""
-        started_s = time.monotonic()
+        """In the background: reads the weights once, then lets the endpoint speak for this engine."""
+        started_s = self._runtime.clock()
         try:
             weights = weights_digest(self._model, default_cache(os.environ))
         except ConfigError as error:
             logger.error("this engine exchanges no KV: %s", error)
             self._endpoint.refuse_all(str(error))
             return
-        logger.info("weights are %s, known after %.1f s", weights, time.monotonic() - started_s)
+        logger.info("weights are %s, known after %.1f s", weights, self._runtime.clock() - started_s)
         _, port = split_address(self._endpoint.address)
         name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
         must = self._must | {"weights": weights}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,9 @@ class Sending:
         found: memory.KvMemory,
         peers: Peers,
         outbox: Outbox,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
         self._settings = settings
         self._rank = rank
         self._transport = transport
@@ -262,7 +264,7 @@ class Sending:
             self._done.append(ev.WriteDone(action.transfer_id, action.seq))
         else:
             self._ops[op] = (action.transfer_id, action.seq)
-        trace.last_post_s = time.monotonic()
+        trace.last_post_s = self._clock()
         trace.writes += 1
 
     def _write(self, action: ev.PostWrite, source: _Source) -> OpId | None:
@@ -277,7 +279,7 @@ class Sending:
         else:
             local, remote = self._into_blocks(pal, rect, source_ids, grant)
         trace = source.trace
-        trace.first_post_s = trace.first_post_s or time.monotonic()
+        trace.first_post_s = trace.first_post_s or self._clock()
         note = wire.WriteNote(
             grant.transfer_id,
             action.epoch,

@@ -7,8 +7,6 @@ of layers is worth a write, one append and one wake-up.
 from __future__ import annotations
 
 import logging
-import os
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +14,10 @@ import torch
 
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import split_address
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import ConfigError
 from lmkv.ids import Rank, RequestId, TransferId
-from lmkv.transport import MemoryKind, open_transport
+from lmkv.transport import MemoryKind
 
 from . import memory
 from .commands import (
@@ -69,7 +68,15 @@ class _Step:
 class WorkerSide:
     """Created before the caches exist; `register` opens the data plane and starts the loop."""
 
-    def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings, rank: Rank) -> None:
+    def __init__(
+        self,
+        vllm_config: Any,
+        kv_cache_config: Any,
+        settings: ConnectorSettings,
+        rank: Rank,
+        runtime: Runtime = THREADS,
+    ) -> None:
+        self._runtime = runtime
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config
         self._settings = settings
@@ -104,11 +111,17 @@ class WorkerSide:
             self._fence = _record_cuda_event
         host, _ = split_address(self._settings.listen)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
-        transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
-        pool, self._unpooled = open_pool(self._settings, self._rank, shard.ranks, found, self._kv_cache_config)
+        transport = self._runtime.transport(
+            self._settings.transport, f"lmkv-{self._rank}-{self._runtime.entropy(8).hex()}"
+        )
+        pool, self._unpooled = open_pool(
+            self._settings, self._rank, shard.ranks, found, self._kv_cache_config, self._runtime
+        )
         if pool is not None:
             found = self._memory = found.with_region(pool.region)
-        self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}", pool)
+        self._loop = WorkerLoop(
+            self._settings, self._rank, transport, found, f"tcp://{host}:{port}", pool, self._runtime
+        )
         self._loop.start()
 
     def _slots(self, device: torch.device) -> memory.SlotMemory | None:
@@ -151,11 +164,12 @@ class WorkerSide:
             loop.submit(dropped)
         if meta.preempted:
             loop.submit(preempted)
-        until_s = time.monotonic() + _PREEMPTION_FENCE_S
-        if meta.overwritten and not dropped.drained.wait(_PREEMPTION_FENCE_S):
+        until_s = self._runtime.clock() + _PREEMPTION_FENCE_S
+        if meta.overwritten and not self._runtime.wait(dropped.drained, _PREEMPTION_FENCE_S):
             self._pooled.revoke(meta.overwritten)
             logger.error("stores of preempted requests %s are given up: their blocks are wanted", meta.overwritten)
-        if meta.preempted and not preempted.drained.wait(max(0.0, until_s - time.monotonic())):
+        left_s = max(0.0, until_s - self._runtime.clock())
+        if meta.preempted and not self._runtime.wait(preempted.drained, left_s):
             logger.error("writes of preempted transfers %s are still in flight; they will fail", meta.preempted)
 
     def bind(self, meta: StepMeta) -> None:
@@ -182,7 +196,7 @@ class WorkerSide:
         if meta.pushes:
             pushes = tuple(meta.pushes)
             if any(push.cached for push in pushes):
-                loop.submit(Ready(pushes, self._fence(), time.monotonic()))
+                loop.submit(Ready(pushes, self._fence(), self._runtime.clock()))
             assert self._memory is not None
             layers = tuple(len(names) for names in self._memory.layer_names)
             self._step = _Step(pushes, self._sizes, layers, self._settings.min_post_bytes)
@@ -216,7 +230,7 @@ class WorkerSide:
     def _tell(self, step: _Step, group: int, hi: int) -> None:
         assert self._loop is not None
         lo, step.told[group] = step.told[group], hi
-        self._loop.submit(LayersDone(step.pushes, group, lo, hi, self._fence(), time.monotonic()))
+        self._loop.submit(LayersDone(step.pushes, group, lo, hi, self._fence(), self._runtime.clock()))
         if tuple(step.told) == step.layers:
             # Not at the end of the step: what follows the last cache (MLP, logits, sampling) need not be waited for.
             self._loop.submit(StepDone(step.pushes))

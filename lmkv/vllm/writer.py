@@ -7,19 +7,16 @@ performs the actions they return. Nobody else touches what it owns.
 from __future__ import annotations
 
 import logging
-import select
 import threading
-import time
 from collections import Counter, deque
-from concurrent.futures import Future
-
-import zmq
+from collections.abc import Sequence
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
-from lmkv.control.wake import Wake, wait
-from lmkv.errors import LmkvError, WireError
+from lmkv.control.runtime import THREADS, Runtime
+from lmkv.control.wake import has_mail
+from lmkv.errors import WireError
 from lmkv.ids import Rank
 from lmkv.transfer import events as ev
 from lmkv.transport import Completion, Notification, PeerId, PeerLost, Transport
@@ -61,7 +58,10 @@ push a few packets at a time, and cost the engine on the same core a tenth of it
 
 
 class WorkerLoop:
-    """`start` returns once memory is registered; `export` and `address` are valid from then on."""
+    """`start` returns once memory is registered; `export` and `address` are valid from then on.
+
+    The engine thread uses what stands first. The rest, a `Part`, is the loop thread's.
+    """
 
     def __init__(
         self,
@@ -71,29 +71,30 @@ class WorkerLoop:
         memory: KvMemory,
         listen: str,
         pool: PoolRank | None = None,
+        runtime: Runtime = THREADS,
     ) -> None:
+        self._runtime = runtime
         self._transport = transport
         self._memory = memory
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = runtime.context()
         self._inbox = Inbox(self._context, listen, settings.advertise)
         self._outbox = Outbox(self._context, watch=True)
-        self._wake = Wake()
         self._commands: deque[Command] = deque()
         self._results = Results()
-        self._told = threading.Condition()
-        """Holds the results' lock; notified when there are some."""
-        self._stopping = threading.Event()
+        self._results_lock = threading.Lock()
+        self._has_results = threading.Event()
         self._fences: list[Preempted] = []
         self._pool = pool
-        self._pool_fds: list[int] = []
+        self._is_watched = False
+        """The runner knows our descriptors."""
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
         self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
-        self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
-        self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox)
-        self._thread = threading.Thread(target=self._run, name=f"lmkv-writer-{rank}", daemon=True)
-        self._started: Future[bytes] = Future()
+        self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
+        self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
+        self._export: bytes | None = None
+        self._runner = runtime.runner(f"lmkv-writer-{rank}", self)
 
     # --- engine thread ---
 
@@ -103,64 +104,51 @@ class WorkerLoop:
 
     @property
     def export(self) -> bytes:
-        return self._started.result(timeout=0)
+        assert self._export is not None, "`start` has returned"
+        return self._export
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive()
+        return self._runner.alive
 
     def start(self) -> None:
         """Raises what went wrong in registering (TransportError)."""
-        self._thread.start()
-        self._started.result(timeout=120)
+        self._runner.start()
 
     def submit(self, command: Command) -> None:
         self._commands.append(command)
-        self._wake.set()
+        self._runner.wake()
 
     def take(self, wait_s: float = 0.0) -> Results:
         """What has ended since the last call; waits so long for something to end."""
-        with self._told:
-            if wait_s and not self._results:
-                self._told.wait(wait_s)
+        if wait_s:
+            self._runtime.wait(self._has_results, wait_s)
+        with self._results_lock:
             results, self._results = self._results, Results()
+            self._has_results.clear()
         return results
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything that was to be stored in the pool is there; False if it took too long."""
         self._stored.clear()  # what was submitted just now is not idle yet
-        self._wake.set()
-        return self._pool is None or not self.alive or self._stored.wait(timeout_s)
+        self._runner.wake()
+        return self._pool is None or not self.alive or self._runtime.wait(self._stored, timeout_s)
 
     def close(self) -> None:
         """Stop, whatever is in flight; the process is about to end."""
-        self._stopping.set()
-        self._wake.set()
-        self._thread.join(timeout=10)
+        self._runner.stop(timeout_s=10)
 
     # --- loop thread ---
 
-    def _run(self) -> None:
-        try:
-            for region in self._memory.regions:
-                self._transport.register(region)
-            if self._pool is not None:
-                self._pool.open(self._context, self._transport, self._memory.scratch_extents, self._outbox)
-            self._started.set_result(self._transport.export())
-        except LmkvError as error:
-            self._started.set_exception(error)
-            self._end()
-            return
-        try:
-            self._loop()
-        except Exception:
-            # A bug of ours: the loop ends, peers see silence, requests end by their deadlines on the other side.
-            logger.exception("the worker loop has failed; this rank moves no KV any more")
-            raise
-        finally:
-            self._end()
+    def open(self) -> None:
+        """Raises what goes wrong in registering (TransportError)."""
+        for region in self._memory.regions:
+            self._transport.register(region)
+        if self._pool is not None:
+            self._pool.open(self._context, self._transport, self._memory.scratch_extents, self._outbox)
+        self._export = self._transport.export()
 
-    def _end(self) -> None:
+    def end(self) -> None:
         if self._pool is not None:
             self._pool.close()
         self._transport.abort()
@@ -168,43 +156,32 @@ class WorkerLoop:
         self._inbox.close()
         self._context.term()
 
-    def _loop(self) -> None:
-        poller = select.poll()
-        descriptors = self._transport.fds()
-        for descriptor in (self._inbox.socket.fileno(), self._wake.fd, *descriptors):
-            poller.register(descriptor, select.POLLIN)
-        while not self._stopping.is_set():
-            self._watch_pool(poller)
-            wait(poller, self._timeout_s(bool(descriptors)))
-            self._wake.clear()
-            now_s = time.monotonic()
-            if self._transport.in_flight == 0:
-                self._ended_s = now_s
-            self._take_letters(now_s)
-            self._take_commands(now_s)
-            self._take_events(now_s)
-            self._peers.tick(now_s)
-            self._sending.tick(now_s)
-            self._receiving.tick(now_s)
-            if self._pool is not None:
-                self._pool.tick(now_s)
-            self._publish(now_s)
+    def turn(self, now_s: float) -> None:
+        if self._transport.in_flight == 0:
+            self._ended_s = now_s
+        self._take_letters(now_s)
+        self._take_commands(now_s)
+        self._take_events(now_s)
+        self._peers.tick(now_s)
+        self._sending.tick(now_s)
+        self._receiving.tick(now_s)
+        if self._pool is not None:
+            self._pool.tick(now_s)
+        self._publish(now_s)
 
-    def _watch_pool(self, poller: select.poll) -> None:
+    def descriptors(self) -> Sequence[int] | None:
         """Nodes come and go, and their sockets with them."""
-        if self._pool is None or not self._pool.fds_changed():
-            return
-        for descriptor in self._pool_fds:
-            poller.unregister(descriptor)
-        self._pool_fds = self._pool.fds
-        for descriptor in self._pool_fds:
-            poller.register(descriptor, select.POLLIN)
+        has_changed = self._pool is not None and self._pool.fds_changed()
+        if self._is_watched and not has_changed:
+            return None
+        self._is_watched = True
+        pool_fds = self._pool.fds if self._pool is not None else []
+        return [self._inbox.socket.fileno(), *self._transport.fds(), *pool_fds]
 
-    def _timeout_s(self, has_descriptors: bool) -> float:
-        if self._commands and not self._blocked():
+    def next_s(self, now_s: float) -> float:
+        if has_mail(self._inbox.socket) or (self._commands and not self._blocked()):
             return 0.0
-        now_s = time.monotonic()
-        most = 1.0 if has_descriptors else self._pause_s(now_s)
+        most = 1.0 if self._transport.fds() else self._pause_s(now_s)
         if self._commands:
             most = min(most, BUSY_S)
         deadlines = [d - now_s for d in (self._sending.deadline_s(), self._receiving.deadline_s()) if d is not None]
@@ -324,7 +301,7 @@ class WorkerLoop:
         self._receiving.note_came(peer, note, now_s)
 
     def _peer_gone(self, peer: ev.Peer, dead: bool) -> None:
-        now_s = time.monotonic()
+        now_s = self._runtime.clock()
         self._sending.handle(ev.PeerGone(peer, dead), now_s)
         self._receiving.handle(ev.PeerGone(peer, dead), now_s)
 
@@ -345,6 +322,6 @@ class WorkerLoop:
         else:
             self._stored.clear()
         if fresh:
-            with self._told:
+            with self._results_lock:
                 self._results.add(fresh)
-                self._told.notify()
+                self._has_results.set()

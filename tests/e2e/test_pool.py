@@ -11,6 +11,7 @@ import aiohttp
 import pytest
 
 from lmkv import poolwire as pw
+from lmkv.control.host import ThisHost
 from lmkv.hashing import Chain, page_key
 from lmkv.ids import Incarnation, Rank
 from lmkv.pool.memory import attach
@@ -152,7 +153,7 @@ def flip(pool: Pool, prompt: list[int], chunk: int) -> None:
     key = page_key(Chain(namespace, CHUNK).extend(prompt)[chunk], 0)
     me, nobody = Incarnation("00000000000000ff"), Rank(9)
     pinned = pool.node.ask(lambda token: pw.Pin(token, me, nobody, namespace, key, 5.0), pw.Pinned)
-    memory, connection = attach(str(pool.share), json.dumps({"incarnation": me, "rank": nobody}).encode())
+    memory, connection = attach(ThisHost(), str(pool.share), json.dumps({"incarnation": me, "rank": nobody}).encode())
     try:
         page_bytes = CHUNK * 30 * 3 * 128 * 4
         memory.data[pinned.pages[0].offset + page_bytes // 2] ^= 0x10

@@ -161,10 +161,8 @@ def test_a_flipped_bit_ends_the_load_there(mapped: RankBed, bad: int) -> None:
     assert [source.chunk for source in report.corrupt] == [bad]
 
 
-@pytest.mark.parametrize("given", ["mapped", "bed"])
-def test_what_was_overwritten_while_it_was_packed_is_not_kept(given: str, request: pytest.FixtureRequest) -> None:
+def test_what_was_overwritten_while_it_was_packed_is_not_kept(bed: RankBed) -> None:
     """The engine could wait no longer for the loop. Whatever the kernel has read by then gets no name."""
-    bed: RankBed = request.getfixturevalue(given)
     keys = bed.keys(12, KEYS)
     bed.submit(keys, IDS).revoked = True
     bed.until(lambda: bed.packed == [REQUEST] and bed.pool.idle)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 from pathlib import Path
 from typing import Any
 
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import ConfigError
 from lmkv.weights import default_cache, newest_s, process_start_s, weights_digest
 
@@ -21,13 +21,14 @@ logger = logging.getLogger(__name__)
 
 
 class Adapters:
-    """`content` from the engine thread; files are read on threads of their own."""
+    """`content` from the engine thread; files are read in the background."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime = THREADS) -> None:
+        self._runtime = runtime
         self._lock = threading.Lock()
         self._known: dict[tuple[int, str], bytes] = {}
         self._reading: set[tuple[int, str]] = set()
-        self._own = secrets.token_bytes(8)
+        self._own = self._runtime.entropy(8)
 
     def content(self, lora: Any) -> bytes | None:
         """None: not known yet; it is being read."""
@@ -37,14 +38,14 @@ class Adapters:
             if known is not None or key in self._reading:
                 return known
             self._reading.add(key)
-        threading.Thread(target=self._read, args=(key, lora.lora_name), name="lmkv-adapter", daemon=True).start()
+        self._runtime.background("lmkv-adapter", lambda: self._read(key, lora.lora_name))
         return None
 
     def forget(self) -> None:
         """Adapters may have been replaced."""
         with self._lock:
             self._known.clear()
-            self._own = secrets.token_bytes(8)
+            self._own = self._runtime.entropy(8)
 
     def _read(self, key: tuple[int, str], name: str) -> None:
         number, path = key

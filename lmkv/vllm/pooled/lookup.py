@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ import zmq
 
 from lmkv import poolwire as pw
 from lmkv.config import ConnectorSettings
-from lmkv.control.wake import Wake
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.hashing import page_key
 from lmkv.ids import ENGINE_RANK, Incarnation
 from lmkv.pool.access import Me, NodeAccess
@@ -83,33 +82,33 @@ class Lookup:
 
 
 class Lookups:
-    """`seek`, `release`, `usable` from the engine or endpoint thread; the rest is the thread's."""
+    """`seek`, `release`, `usable` from the engine or endpoint thread; the rest, a `Part`, is the thread's."""
 
-    def __init__(self, settings: ConnectorSettings, groups: int, name: str) -> None:
+    def __init__(self, settings: ConnectorSettings, groups: int, name: str, runtime: Runtime = THREADS) -> None:
+        self._runtime = runtime
         self._settings = settings
         self._groups = groups
         self._name = name
-        self._wake = Wake()
-        self._stop = threading.Event()
         self._asked: deque[Lookup] = deque()
         self._released: deque[Lease] = deque()
         self._corrupt: deque[tuple[bytes, PageSource]] = deque()
         self._usable: dict[Incarnation, bool] = {}
         self._names: deque[tuple[bytes, str]] = deque()
         self._open: list[Lookup] = []
-        self._thread = threading.Thread(target=self._run, name="lmkv-lookups", daemon=True)
         self._incarnation = Incarnation("")
+        self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._directory: Directory | None = None
+        self._runner = runtime.runner("lmkv-lookups", self)
 
     # --- any thread ---
 
     def start(self, incarnation: Incarnation) -> None:
         self._incarnation = incarnation
-        self._thread.start()
+        self._runner.start()
 
     def declare(self, namespace: bytes, description: str) -> None:
         self._names.append((namespace, description))
-        self._wake.set()
+        self._runner.wake()
 
     def usable(self, nodes: dict[Incarnation, bool]) -> None:
         """What all ranks can load from, and whether they map it."""
@@ -126,18 +125,18 @@ class Lookups:
 
     def seek(self, namespace: bytes, keys: list[bytes], first: int = 0, wait_s: float = 0.0) -> Lookup:
         """`wait_s`: let pages of lower tiers come up for so long; otherwise an answer comes within `lookup_ms`."""
-        now_s = time.monotonic()
+        now_s = self._runtime.clock()
         own = self._settings
         until_s = now_s + (wait_s + 0.1 if wait_s else own.lookup_ms / 1e3)
         lookup = Lookup(namespace, keys, now_s, until_s, own.load_s + wait_s + LEASE_MORE_S, first, wait_s)
         self._asked.append(lookup)
-        self._wake.set()
+        self._runner.wake()
         return lookup
 
     def corrupt(self, namespace: bytes, pages: Sequence[PageSource]) -> None:
         """Tell their nodes, as long as the leases are held: call `release` afterwards."""
         self._corrupt += [(namespace, page) for page in pages]
-        self._wake.set()
+        self._runner.wake()
 
     def abandon(self, lookup: Lookup) -> None:
         """Nobody wants it any more, done or not."""
@@ -148,56 +147,55 @@ class Lookups:
     def release(self, leases: list[Lease]) -> None:
         """Twice is once."""
         self._released += leases
-        self._wake.set()
+        self._runner.wake()
 
     def close(self) -> None:
-        self._stop.set()
-        self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join(timeout=5)
-        self._wake.close()
+        self._runner.stop()
 
     # --- the thread ---
 
-    def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    def open(self) -> None:
+        """Raises ConfigError for an address that is none."""
         own = self._settings
-        me = Me(self._incarnation, ENGINE_RANK, self._name)
-        directory = self._directory = Directory(context, me, own.pool, own.controller, use_arenas=False)
-        poller, fds = zmq.Poller(), list[int]()
-        poller.register(self._wake.fd, zmq.POLLIN)
-        try:
-            while not self._stop.is_set():
-                # A bug here ends the thread: lookups are late from then on, and requests computed.
-                if directory.fds_changed:
-                    directory.fds_changed = False
-                    for fd in fds:
-                        poller.unregister(fd)
-                    fds = directory.fds
-                    for fd in fds:
-                        poller.register(fd, zmq.POLLIN)
-                now_s = time.monotonic()
-                waits = [directory.next_s(now_s), *(lookup.until_s - now_s for lookup in self._open)]
-                poller.poll(int(max(0.0, min(1.0, *waits)) * 1000) + 1)
-                self._wake.clear()
-                self._work(directory)
-        finally:
-            for lookup in self._open:
-                self._finish(lookup, "closed")
-            self._give_back(directory)
-            directory.close()
-            context.term()
+        self._context = self._runtime.context()
+        me = Me(self._incarnation, ENGINE_RANK, self._name, runtime=self._runtime)
+        self._directory = Directory(self._context, me, own.pool, own.controller, use_arenas=False)
 
-    def _work(self, directory: Directory) -> None:
+    def turn(self, now_s: float) -> None:
+        directory = self._nodes
         while self._names:
             directory.declare(*self._names.popleft())
-        directory.tick(time.monotonic())
+        directory.tick(now_s)
         self._give_back(directory)
         while self._asked:
             self._begin(directory, self._asked.popleft())
-        now_s = time.monotonic()
         for lookup in [lookup for lookup in self._open if now_s > lookup.until_s]:
             self._plan(directory, lookup, late=True)
+
+    def next_s(self, now_s: float) -> float:
+        """Whole milliseconds, so that what comes meanwhile is seen (`wait` sleeps shorter ones)."""
+        next_s = min(1.0, self._nodes.next_s(now_s), *(lookup.until_s - now_s for lookup in self._open))
+        return max(0.001, next_s) if next_s > 0 else 0.0
+
+    def descriptors(self) -> Sequence[int] | None:
+        if not self._nodes.fds_changed:
+            return None
+        self._nodes.fds_changed = False
+        return self._nodes.fds
+
+    def end(self) -> None:
+        for lookup in list(self._open):
+            self._finish(lookup, "closed")
+        if self._directory is not None:
+            self._give_back(self._directory)
+            self._directory.close()
+        if self._context is not None:
+            self._context.term()
+
+    @property
+    def _nodes(self) -> Directory:
+        assert self._directory is not None, "`open` comes first"
+        return self._directory
 
     def _give_back(self, directory: Directory) -> None:
         while self._corrupt:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ import zmq
 
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import LayoutError, TransportError
 from lmkv.hashing import namespace_of
 from lmkv.ids import Incarnation, Rank, RequestId
@@ -37,7 +37,12 @@ _POOLED_SPECS = ("FullAttentionSpec", "MLAAttentionSpec")
 
 
 def open_pool(
-    settings: ConnectorSettings, rank: Rank, ranks: int, found: KvMemory, kv_cache_config: Any
+    settings: ConnectorSettings,
+    rank: Rank,
+    ranks: int,
+    found: KvMemory,
+    kv_cache_config: Any,
+    runtime: Runtime = THREADS,
 ) -> tuple[PoolRank | None, str]:
     """The pool's part of this rank, or why there is none."""
     if not settings.pool and not settings.controller:
@@ -56,13 +61,16 @@ def open_pool(
     staging = Staging(settings.staging_bytes, shares.largest_bytes, found.storages[0].device)
     if staging.count < len(shares.groups):
         return None, f"staging_bytes {settings.staging_bytes} hold no page of {shares.largest_bytes} bytes"
-    return PoolRank(settings, rank, shares, staging), ""
+    return PoolRank(settings, rank, shares, staging, runtime), ""
 
 
 class PoolRank:
     """Made with the loop; `open` once the loop's thread runs and its transport is registered."""
 
-    def __init__(self, settings: ConnectorSettings, rank: Rank, shares: Shares, staging: Staging) -> None:
+    def __init__(
+        self, settings: ConnectorSettings, rank: Rank, shares: Shares, staging: Staging, runtime: Runtime = THREADS
+    ) -> None:
+        self._runtime = runtime
         self._settings = settings
         self._rank = rank
         self._shares = shares
@@ -88,7 +96,8 @@ class PoolRank:
         """The engine knows what its KV is called: nodes are sought from now on."""
         settings = self._settings
         if self._directory is None:
-            me = Me(message.incarnation, self._rank, settings.name or "engine", self._transport, self._scratch)
+            name = settings.name or "engine"
+            me = Me(message.incarnation, self._rank, name, self._transport, self._scratch, self._runtime)
             self._engine = message.address
             self._directory = Directory(self._context, me, settings.pool, settings.controller)
             self._stores = Stores(
@@ -96,7 +105,13 @@ class PoolRank:
             )
             fetch = settings.remote_load == "push"
             self._loads = Loads(
-                self._shares, self._staging, self._directory.find, self._arena, self._counters, time.monotonic, fetch
+                self._shares,
+                self._staging,
+                self._directory.find,
+                self._arena,
+                self._counters,
+                self._runtime.clock,
+                fetch,
             )
         self._directory.declare(namespace_of(message.description), message.description)
 

@@ -7,7 +7,6 @@ each step tells the workers which chunks it completes. Whatever goes wrong is a 
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
+from lmkv.control.runtime import THREADS, Runtime
 from lmkv.hashing import Chain, Manifest
 from lmkv.ids import Incarnation, Rank, RequestId
 from lmkv.obs.ledger import LedgerBook
@@ -69,7 +69,9 @@ class PoolSide:
         select: Callable[[Any], tuple[list[int], ...]],
         book: LedgerBook,
         world: int,
+        runtime: Runtime = THREADS,
     ) -> None:
+        self._runtime = runtime
         self._settings = settings
         self._block_tokens = block_tokens
         self._select = select
@@ -80,8 +82,8 @@ class PoolSide:
         self._namespace = b""
         self._epoch = 0
         self._incarnation = Incarnation("")
-        self._lookups = Lookups(settings, len(block_tokens), settings.name or "engine")
-        self._adapters = Adapters()
+        self._lookups = Lookups(settings, len(block_tokens), settings.name or "engine", runtime)
+        self._adapters = Adapters(runtime)
         self._costs = Costs()
         self._requests: dict[RequestId, _Pooled] = {}
         self._ended: list[RequestId] = []
@@ -170,8 +172,8 @@ class PoolSide:
         lookup = pooled.lookup
         if pooled.decided or lookup is None:
             return 0
-        if not lookup.done.wait(0 if pooled.promoting else WAIT_S):
-            if time.monotonic() < lookup.until_s + 0.001:
+        if not self._runtime.wait(lookup.done, 0 if pooled.promoting else WAIT_S):
+            if self._runtime.clock() < lookup.until_s + 0.001:
                 return None
             self._count("lookup:late")
             self._let_go(pooled)
@@ -190,7 +192,7 @@ class PoolSide:
             self._count("lookup:too_slow")
             self._let_go(pooled)
             return 0
-        if min(page.until_s for page in lookup.pages) < time.monotonic() + LEAST_LEASE_S:
+        if min(page.until_s for page in lookup.pages) < self._runtime.clock() + LEAST_LEASE_S:
             return self._renew(pooled)
         return tokens
 
@@ -243,7 +245,7 @@ class PoolSide:
             cached = tokens[0] // n
             ids = tuple(0 if i < cached else table[i] for i in range(lo, hi))
             ranges.append(BlockRange(group, lo, ids))
-        until_s = min(time.monotonic() + self._settings.load_s, *(page.until_s for page in pages))
+        until_s = min(self._runtime.clock() + self._settings.load_s, *(page.until_s for page in pages))
         spec = LoadSpec(request.request_id, lookup.namespace, tokens, tuple(ranges), pages, until_s)
         self._loads.append(spec)
         pooled.mapped = self._lookups.is_mapped(lookup)
@@ -269,7 +271,7 @@ class PoolSide:
         meta.loads += self._loads
         meta.ended += self._ended
         self._loads, self._ended = [], []
-        self._costs.step(time.monotonic(), output.total_num_scheduled_tokens)
+        self._costs.step(self._runtime.clock(), output.total_num_scheduled_tokens)
         if not self._requests:
             return
         for request_id in output.preempted_req_ids or ():
