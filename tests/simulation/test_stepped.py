@@ -17,6 +17,7 @@ from lmkv.hashing import Chain
 from lmkv.ids import EngineName, Incarnation, Rank, RequestId
 from lmkv.obs.ledger import LedgerBook
 from lmkv.pool.node import PoolNode
+from lmkv.pool.serve import open_tiers
 from lmkv.pool.settings import NodeSettings
 from lmkv.transport import Transport
 from lmkv.vllm import memory
@@ -39,7 +40,8 @@ Trace = list[tuple[float, str, str]]
 def start_node(world: SteppedRuntime, name: str = "node", host: str = "a", **settings: Any) -> PoolNode:
     given = {"listen": "tcp://127.0.0.1:0", "capacity": "4MiB", "transport": "inproc://", "huge": False, "name": name}
     given["share"] = f"/{name}.sock"
-    node = PoolNode(NodeSettings(**{**given, **settings}), runtime=world.process(name, host).runtime)
+    own = NodeSettings(**{**given, **settings})
+    node = PoolNode(own, lambda evicted: open_tiers(own, evicted), world.process(name, host).runtime)
     node.start()
     return node
 
@@ -97,10 +99,10 @@ class Engine:
         self.loop.submit(Stored((spec,), None))
         assert self.loop.drain(10.0)
 
-    def seek(self, chunks: int) -> Lookup:
+    def seek(self, chunks: int, wait_s: float = 0.0) -> Lookup:
         """Until all is found."""
         for _ in range(100):
-            lookup = self.lookups.seek(NAMESPACE, self.keys(chunks))
+            lookup = self.lookups.seek(NAMESPACE, self.keys(chunks), wait_s=wait_s)
             assert self.process.runtime.wait(lookup.done, 10.0)
             if lookup.chunks == chunks:
                 return lookup
@@ -212,3 +214,20 @@ def test_a_cut_network_is_a_miss_and_no_hang() -> None:
         assert lookup.chunks == 0 and world.clock() - began_s < 1.0
         world.network.heal("a", "b")
         assert engine.seek(1).chunks == 1
+
+
+def test_a_page_goes_to_disk_and_comes_back(tmp_path: Path) -> None:
+    with SteppedRuntime(1) as world:
+        node = start_node(world, disk=str(tmp_path), disk_capacity="8MiB", disk_segment="1MiB")
+        engine = Engine(world, "engine", node.card.address)
+        assert world.run_until(lambda: engine.nodes, 10.0)
+        engine.store((3, 1))
+        assert world.run_until(lambda: node._index.counters["spill:DISK"] == 2, 10.0)
+        node.stop()
+        assert world.run_until(lambda: not node._runner.alive, 60.0)
+        world.processes["node"].kill()
+        second = start_node(world, listen=node.card.address, disk=str(tmp_path), disk_capacity="8MiB")
+        assert world.run_until(lambda: engine.nodes == {second.card.incarnation: True}, 20.0)
+        assert engine.seek(2, wait_s=5.0).chunks == 2
+        assert engine.load((5, 6)).good == 2 * CHUNK
+        assert torch.equal(engine.storage[:, [5, 6]], engine.storage[:, [3, 1]])
