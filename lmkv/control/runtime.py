@@ -13,9 +13,9 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import zmq
 
@@ -69,6 +69,16 @@ class Runner(Protocol):
         """No more turns; waits for the part's end, unless called in a turn of the part itself."""
 
 
+class Lane(Protocol):
+    """Does jobs beside everything else: one at a time, in the order in which they came."""
+
+    def submit(self, job: Callable[..., Any], /, *args: Any) -> Any:
+        """Any thread."""
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Returns once all jobs are done."""
+
+
 def _start_thread(name: str, function: Callable[[], None]) -> None:
     threading.Thread(target=function, name=name, daemon=True).start()
 
@@ -89,8 +99,11 @@ class Runtime:
     """Makes the runner of a part, of (name, part)."""
     background: Callable[[str, Callable[[], None]], None] = _start_thread
     """Runs a function once, beside everything else, of (name, function)."""
+    lane: Callable[[str], Lane] = lambda name: ThreadPoolExecutor(1, thread_name_prefix=name)
+    """A new lane, of its name."""
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait
-    """Waits for an event for so many seconds; False when it was not set by then. Every wait of an engine thread."""
+    """Waits for an event for so many seconds; False when it was not set by then. Every wait of an engine
+    thread, and of a lane."""
     host: Host = field(default_factory=ThisHost)
     """The machine, and memory that its processes share."""
 

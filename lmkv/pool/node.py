@@ -101,7 +101,8 @@ class PoolNode:
         self._transport = self._open_data_plane()
         self._clients = Clients(self._transport, max(10 * settings.beat_s, 5.0), self._client_dead)
         self._tiering: Tiering | None = None  # a tier may evict while it opens
-        self._tiering = Tiering(self._index, self._memory, tiers(self._evicted), counters, self._runner.wake)
+        opened, wake = tiers(self._evicted), self._runner.wake
+        self._tiering = Tiering(self._index, self._memory, opened, counters, wake, self._runtime)
         self._ending.callback(self._tiering.close)
         self._leases = Leases(self._index, counters, int(capacity_bytes * settings.pin_share), self._fresh())
         self._copying = Copying(

@@ -7,13 +7,13 @@ in order); their results come back through `collect`. A page that is written or 
 from __future__ import annotations
 
 import logging
-import time
+import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+from lmkv.control.runtime import THREADS, Lane, Runtime
 from lmkv.errors import PoolError
 from lmkv.poolwire import Tier
 
@@ -25,6 +25,8 @@ from .tiers.base import CorruptError, PageMeta, StoreTier
 logger = logging.getLogger(__name__)
 
 FORGET = 0.95
+DROP_S = 3600.0
+"""Longest time in which a tier forgets a namespace."""
 LANES = 8
 """Writes of a disk wait for its flushes, not for us: eight at a time share them."""
 
@@ -41,19 +43,19 @@ class TierSettings:
 class _Below:
     """One tier with its lanes and its queue."""
 
-    def __init__(self, settings: TierSettings) -> None:
+    def __init__(self, settings: TierSettings, runtime: Runtime) -> None:
         self.store = settings.store
         self.tier = settings.store.tier
         self.settings = settings
         name = f"lmkv-{(self.tier.name or 'tier').lower()}"
-        self.lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{i}") for i in range(LANES)]
+        self.lanes = [runtime.lane(f"{name}-{i}") for i in range(LANES)]
         self.queued_bytes = 0
         self.read_s = 0.005
         """A page's read takes about so long."""
         self.writing: set[Entry] = set()
         self.last_error = ""
 
-    def lane(self, key: bytes) -> ThreadPoolExecutor:
+    def lane(self, key: bytes) -> Lane:
         return self.lanes[key[16] % LANES]
 
 
@@ -67,10 +69,12 @@ class Tiering:
         tiers: Sequence[TierSettings],
         counters: Counter[str],
         wake: Callable[[], None],
+        runtime: Runtime = THREADS,
     ) -> None:
+        self._runtime = runtime
         self._index = index
         self._memory = memory
-        self._below = [_Below(settings) for settings in tiers]
+        self._below = [_Below(settings, runtime) for settings in tiers]
         # What waits to be written is held: it must leave the arena room for what comes.
         self._most_queued_bytes = memory.capacity_bytes // (2 * max(len(tiers), 1))
         self._drops = 0
@@ -208,7 +212,7 @@ class Tiering:
 
     def _read(self, entry: Entry, below: _Below) -> None:
         """On a lane."""
-        started_s, error, lost = time.monotonic(), "", False
+        started_s, error, lost = self._runtime.clock(), "", False
         if self._closing:
             self._post(lambda: self._came_up(entry, below, "the node is ending", False, 0.0))
             return
@@ -228,7 +232,7 @@ class Tiering:
             error = repr(problem)
         finally:
             data.release()
-        seconds = time.monotonic() - started_s
+        seconds = self._runtime.clock() - started_s
         self._post(lambda: self._came_up(entry, below, error, lost, seconds))
 
     def _came_up(self, entry: Entry, below: _Below, error: str, lost: bool, seconds: float) -> None:
@@ -264,10 +268,10 @@ class Tiering:
         """Also what the index does not know of (a shared store)."""
         settle = self._countdown(len(self._below), done)
         for below in self._below:
-            drop = partial(below.store.drop_namespace, namespace)
-            dropping = below.lanes[0].submit(self._drop_on_lane, below, drop, settle)
+            drop, dropped = partial(below.store.drop_namespace, namespace), threading.Event()
+            below.lanes[0].submit(self._drop_on_lane, below, drop, settle, dropped.set)
             for lane in below.lanes[1:]:
-                lane.submit(dropping.result)  # what is stored from now on is stored after it
+                lane.submit(self._runtime.wait, dropped, DROP_S)  # what is stored from now on is stored after it
 
     def _countdown(self, count: int, done: Callable[[], None]) -> Callable[[], None]:
         """Called `count` times, it calls `done` (without any: at once)."""
@@ -285,12 +289,20 @@ class Tiering:
 
         return settle
 
-    def _drop_on_lane(self, below: _Below, drop: Callable[[], int], settle: Callable[[], None]) -> None:
+    def _drop_on_lane(
+        self,
+        below: _Below,
+        drop: Callable[[], int],
+        settle: Callable[[], None],
+        dropped: Callable[[], None] = lambda: None,
+    ) -> None:
         try:
             drop()
         except Exception:
             logger.exception("pages were not dropped from %s", below.store.tier.name)
             self._post(lambda: self._drop_failed(below))
+        finally:
+            dropped()
         self._post(settle)
 
     def _drop_failed(self, below: _Below) -> None:

@@ -19,7 +19,7 @@ Faults: `world.network.faults` (delays), `world.network.cut(host, host)` and `he
 process)`, `process.kill(silent=...)`, `process.stall(seconds)`, and `process.transports[name].faults` (inproc://: hold,
 stall, cut, delay_polls, fail_next, corrupt_next, reorder_notes; see lmkv.transport.inproc).
 
-The data plane is inproc:// (its copies are made in the writer's turns). Pool nodes have memory only: `tiers` run on
-threads. Sets of text change their order with PYTHONHASHSEED: a run that is to be replayed in another process needs it
-to be the same.
+The data plane is inproc:// (its copies are made in the writer's turns). Jobs of a pool node's tiers are done in turns
+of their lanes, within `world.lane_s`; what a disk does inside such a job takes no virtual time. Sets of text change
+their order with PYTHONHASHSEED: a run that is to be replayed in another process needs it to be the same.
 """

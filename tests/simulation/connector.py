@@ -1,4 +1,4 @@
-"""The connector of simulated engines: lmkv's own, with the world's runtime."""
+"""The connector of simulated engines: lmkv's own, in the runtime of the engine that is being made."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from lmkv.vllm.connector import LmkvConnector
 
 
 class SimConnector(LmkvConnector):
-    pass
+    """`runtime` is set before each engine is made (tests/simulation/engine.py)."""

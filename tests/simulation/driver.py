@@ -38,13 +38,22 @@ class Driver:
         self._events = events
         self._numbers = itertools.count()
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
-        self._open = 0
+        self.unended = 0
         self.requests = 0
         start_s = clock()
         for plan in load.requests():
             self.at(start_s + plan.at_s, lambda now_s, plan=plan: self._arrive(plan, now_s))
 
     # --- the part ---
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def descriptors(self) -> tuple[int, ...] | None:
+        return None
+
+    def end(self) -> None:
+        """Nothing to close."""
 
     def at(self, when_s: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._agenda, (when_s, next(self._numbers), action))
@@ -58,7 +67,7 @@ class Driver:
 
     @property
     def done(self) -> bool:
-        return not self._agenda and not self._open
+        return not self._agenda and not self.unended
 
     # --- requests ---
 
@@ -98,11 +107,11 @@ class Driver:
     def _send(
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float
     ) -> None:
-        self._open += 1
+        self.unended += 1
         self.requests += 1
 
         def ended(job: Job) -> None:
-            self._open -= 1
+            self.unended -= 1
             self._events[f"ended:{job.ended}"] += 1
             if job.ended == "length":
                 self._judge(engine, job)
@@ -127,10 +136,10 @@ class Driver:
             return
         following = replace(plan, prompt=prompt, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
         pause_s = self._rnd.random() * 0.05
-        self._open += 1  # until it arrives
+        self.unended += 1  # until it arrives
 
         def arrive(now_s: float) -> None:
-            self._open -= 1
+            self.unended -= 1
             self._arrive(following, now_s)
 
         self.at(self._clock() + pause_s, arrive)

@@ -20,6 +20,9 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from lmkv.control.runtime import THREADS, Runtime
+
+from .connector import SimConnector
 from .kinds import EngineKind, cache_config, vllm_config
 from .runner import Rank, Runner, add_layers, block_array
 from .steps import Piece, Step
@@ -55,7 +58,9 @@ class SimEngine:
         rnd: random.Random,
         fail: Callable[[str], None],
         events: Counter[str],
+        runtime: Runtime = THREADS,
     ) -> None:
+        SimConnector.runtime = runtime
         self.name = name
         self.kind = kind
         self._rnd = rnd
@@ -90,16 +95,20 @@ class SimEngine:
         self._pause_s = IDLE_S
         self.due_s = 0.0
         self.steps = 0
+        self.wake: Callable[[], None] = lambda: None
+        """Asks for a turn at once; set by the world."""
 
     # --- what comes from outside ---
 
     def add(self, job: Job) -> None:
         self._arrivals.append(job)
         self.due_s = 0.0
+        self.wake()
 
     def abort(self, request_id: str) -> None:
         self._aborts.append(request_id)
         self.due_s = 0.0
+        self.wake()
 
     @property
     def address(self) -> str:
@@ -114,6 +123,15 @@ class SimEngine:
         return bool(self._arrivals or self._flying or self.scheduler.has_requests())
 
     # --- turns ---
+
+    def open(self) -> None:
+        """All is open already."""
+
+    def descriptors(self) -> tuple[int, ...] | None:
+        return None
+
+    def end(self) -> None:
+        """The world closes it."""
 
     def turn(self, now_s: float) -> None:
         """Part of a step, as EngineCore takes it."""
@@ -272,6 +290,16 @@ class SimEngine:
                 f"{self.name} rank {rank.number} layer {layer}: {sequence.request_id} reads wrong KV{poison} for token "
                 f"{wrong} of {len(sequence.tokens)} in block {block}; it computes [{piece.lo}, {piece.hi})"
             )
+
+    def leaks(self) -> list[str]:
+        """What has not come back although nothing is under way."""
+        found = []
+        held = self.free_at_start - self._pool.get_num_free_blocks()
+        if held:
+            found.append(f"{self.name}: {held} blocks are not free")
+        if self.scheduler.requests:
+            found.append(f"{self.name}: requests {list(self.scheduler.requests)} are still known")
+        return found
 
     def close(self) -> None:
         for rank in self.runner.ranks:

@@ -12,6 +12,7 @@ from lmkv.errors import ConfigError, PoolError
 Offers = dict[tuple[str, str], "VirtualOffer"]
 """By (host, path)."""
 FIRST_DESCRIPTOR = 1 << 25
+"""Real ones, of memory, are counted from here."""
 
 
 class VirtualConnection:
@@ -39,6 +40,7 @@ class VirtualOffer:
         self, offers: Offers, place: tuple[str, str], memory_fd: int, size_bytes: int, joined: Joined, left: Left
     ) -> None:
         self.process = ""
+        self._descriptor = FIRST_DESCRIPTOR + memory_fd
         self._offers = offers
         self._place = place
         self._memory_fd = memory_fd
@@ -51,7 +53,11 @@ class VirtualOffer:
 
     @property
     def descriptor(self) -> int:
-        return FIRST_DESCRIPTOR  # it is looked at in every turn; the death of a client waits for the next one
+        return self._descriptor
+
+    @property
+    def has_news(self) -> bool:
+        return bool(self._gone)
 
     def turn(self) -> None:
         while self._gone:

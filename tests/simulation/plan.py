@@ -29,6 +29,9 @@ class WorldPlan:
     pd: float
     abort: float
     late: float
+    transport: str
+    """Of the stepped gear: how finely copies are sliced."""
+    node_kib: int
     settings: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -93,5 +96,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         pd=rnd.choice([0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.3) else 0.0,
         abort=rnd.choice([0.0, 0.05, 0.2]),
         late=rnd.choice([0.05, 0.2, 0.4]),
+        transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
+        node_kib=rnd.choice([256, 1024, 8192]),
         settings=settings,
     )

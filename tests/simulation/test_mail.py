@@ -201,7 +201,7 @@ def test_a_successor_at_the_same_address_is_found(mail: Any) -> None:
     first, address = bound(mail.context())
     dealer = connected(mail.context("q"), address)
     dealer.send(b"one")
-    _, _ = mail.until(lambda: receive(first))
+    mail.until(lambda: receive(first))
     first.close(0)
     mail.rest()
     second, _ = bound(mail.context(), address=address)

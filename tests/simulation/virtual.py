@@ -86,7 +86,7 @@ class SteppedRunner:
         if self._woken:
             wanted_s = 0.0
         else:
-            wanted_s = min(self._wanted_s, *(self.world.network.arrival_s(fd) for fd in self._watched), NEVER_S)
+            wanted_s = min(self._wanted_s, *(self.world.arrival_s(fd) for fd in self._watched), NEVER_S)
         return max(wanted_s, self.process.stalled_s)
 
     def turn(self) -> None:
@@ -150,6 +150,42 @@ class _Once:
         """Nothing to close."""
 
 
+class SteppedLane:
+    """See lmkv.control.runtime.Lane: a Part that does one job a turn, each some time after it came."""
+
+    def __init__(self, world: SteppedRuntime, process: Process, name: str) -> None:
+        self._world = world
+        self._jobs: deque[tuple[float, Callable[[], Any]]] = deque()
+        self._runner = SteppedRunner(world, process, name, self)
+        self._runner.start()
+
+    def submit(self, job: Callable[..., Any], /, *args: Any) -> None:
+        due_s = self._world.clock() + self._world.chance.uniform(0.0, self._world.lane_s)
+        self._jobs.append((due_s, lambda: job(*args)))
+        self._runner.wake()
+
+    def shutdown(self, wait: bool = True) -> None:
+        while self._jobs:
+            self._jobs.popleft()[1]()
+        self._runner.stop()
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def turn(self, now_s: float) -> None:
+        if self._jobs and self._jobs[0][0] <= now_s:
+            self._jobs.popleft()[1]()
+
+    def next_s(self, now_s: float) -> float:
+        return max(0.0, self._jobs[0][0] - now_s) if self._jobs else NEVER_S
+
+    def descriptors(self) -> Sequence[int] | None:
+        return None
+
+    def end(self) -> None:
+        """Nothing to close."""
+
+
 class Process:
     """One virtual process: `runtime` is what its parts are given. `name` is unique among the living."""
 
@@ -170,6 +206,7 @@ class Process:
             entropy=entropy.randbytes,
             runner=runner,
             background=lambda title, function: _Once(world, self, title, function),
+            lane=lambda title: SteppedLane(world, self, title),
             wait=world.wait,
             host=VirtualHost(world.offers, host, name),
         )
@@ -214,6 +251,8 @@ class SteppedRuntime:
         """A turn takes so long, drawn evenly."""
         self.background_s = 0.02
         """Work in the background begins within this."""
+        self.lane_s = 0.005
+        """A job of a lane (a page written to disk, or read) takes up to so long."""
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=traced)
         """(time, process, part) of turns."""
         self.processes: dict[str, Process] = {}
@@ -253,6 +292,12 @@ class SteppedRuntime:
         self.close()
 
     # --- turns ---
+
+    def arrival_s(self, descriptor: int) -> float:
+        """When the descriptor is readable."""
+        if any(offer.descriptor == descriptor and offer.has_news for offer in self.offers.values()):
+            return 0.0
+        return self.network.arrival_s(descriptor)
 
     def join(self, runner: SteppedRunner) -> None:
         self._runners.append(runner)

@@ -6,8 +6,6 @@ import random
 import shutil
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +15,10 @@ from .driver import Driver
 from .engine import SimEngine
 from .load import Load
 from .plan import WorldPlan
+from .result import Result
 from .watch import watch
 
 DRAIN_S = 60.0
-
-
-@dataclass(slots=True)
-class Result:
-    """What became of a world. `failures` are wrong blocks and answers, `leaks` what has not come back."""
-
-    plan: WorldPlan
-    requests: int = 0
-    unended: int = 0
-    failures: list[str] = field(default_factory=list)
-    leaks: list[str] = field(default_factory=list)
-    events: Counter[str] = field(default_factory=Counter)
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        return not (self.failures or self.leaks or self.unended)
 
 
 class ThreadedWorld:
@@ -102,9 +84,7 @@ class ThreadedWorld:
 
     def _find_leaks(self) -> None:
         for engine in self.engines:
-            free = engine.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-            if free != engine.free_at_start:
-                self.result.leaks.append(f"{engine.name}: {engine.free_at_start - free} blocks are not free")
+            self.result.leaks += engine.leaks()
 
     def close(self) -> None:
         for engine in self.engines:

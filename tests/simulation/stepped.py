@@ -1,0 +1,101 @@
+"""The stepped gear: a world in one thread and in virtual time. A seed replays exactly."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+from lmkv.pool.node import PoolNode
+from lmkv.pool.settings import NodeSettings
+
+from .driver import Driver
+from .engine import SimEngine
+from .load import Load
+from .plan import WorldPlan
+from .result import Result
+from .virtual import Process, SteppedRuntime
+from .watch import watch
+
+LIMIT_S = 900.0
+"""Virtual seconds until every request has to have ended: more than the longest deadline."""
+DRAIN_S = 900.0
+
+
+class SteppedWorld:
+    """One engine a process; node i lives on the host of decode engine i, whose engines map its arena."""
+
+    def __init__(self, plan: WorldPlan) -> None:
+        self.plan = plan
+        self.result = Result(plan)
+        self.events: Counter[str] = self.result.events
+        self._rnd = random.Random(f"run-{plan.seed}")
+        self.runtime = SteppedRuntime(plan.seed)
+        self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
+        self.engines: list[SimEngine] = []
+        kinds = (*plan.prefills, *plan.decodes)
+        for i, kind in enumerate(kinds):
+            self.engines.append(self._engine(i, kind))
+        load = Load(self._rnd, plan.requests, plan.gentle_s, plan.pd, plan.abort, plan.late)
+        p = len(plan.prefills)
+        self.driver = Driver(
+            self._rnd, self.runtime.clock, self.engines[:p], self.engines[p:], load, self.fail, self.events
+        )
+        self.runtime.process("clients").start_part("driver", self.driver)
+
+    def _node(self, number: int) -> tuple[Process, PoolNode]:
+        process = self.runtime.process(f"node{number}", f"host{number}")
+        settings = NodeSettings(
+            listen="tcp://127.0.0.1:0",
+            capacity=f"{self.plan.node_kib}KiB",
+            transport="inproc://",
+            name=process.name,
+            huge=False,
+            prefault=False,
+        )
+        node = PoolNode(settings, runtime=process.runtime)
+        node.start()
+        return process, node
+
+    def _engine(self, number: int, kind: Any) -> SimEngine:
+        process = self.runtime.process(f"engine{number}", f"host{number % 2}")
+        settings = self.plan.settings | {
+            "transport": self.plan.transport,
+            "pool": [node.card.address for _, node in self.nodes],
+        }
+        engine = SimEngine(
+            f"{kind.role[3:]}{number}", kind, settings, self._rnd, self.fail, self.events, process.runtime
+        )
+        watch(engine, self.events)
+        engine.wake = process.start_part("engine", engine).wake
+        return engine
+
+    def fail(self, text: str) -> None:
+        self.result.failures.append(f"at {self.runtime.clock():.4f}: {text}")
+
+    # --- a run ---
+
+    def run(self) -> Result:
+        end_s = self.runtime.clock() + LIMIT_S
+        while not self.driver.done and not self.result.failures and self.runtime.step(end_s):
+            pass
+        self.result.unended = 0 if self.result.failures else self.driver.unended
+        if not self.result.failures and not self.result.unended:
+            self.runtime.run_until(lambda: not any(engine.busy for engine in self.engines), DRAIN_S)
+            self._find_leaks()
+        self._count()
+        self.result.requests = self.driver.requests
+        self.close()
+        return self.result
+
+    def _count(self) -> None:
+        for engine in self.engines:
+            for name, n in engine.scheduler.connector._scheduler.book.counts().items():
+                self.events[name] += n
+
+    def _find_leaks(self) -> None:
+        for engine in self.engines:
+            self.result.leaks += engine.leaks()
+
+    def close(self) -> None:
+        self.runtime.close()
