@@ -60,8 +60,21 @@ class Network:
         self._bound: dict[tuple[str, int], VirtualSocket] = {}
         self._sockets: dict[int, VirtualSocket] = {}
         self._due: list[tuple[float, int, Callable[[], None]]] = []
+        self._watches: dict[int, Callable[[], float]] = {}
+        self.notice: Callable[[int, float], None] = lambda descriptor, time_s: None
+        """Called when a descriptor will be readable from a time on; set by the stepping."""
 
     # --- time ---
+
+    def pace_s(self) -> float:
+        """Between two polls of a data plane that moves bytes."""
+        return self._chance.uniform(20e-6, 400e-6)
+
+    def watch(self, due_s: Callable[[], float]) -> int:
+        """A descriptor of something that isn't a socket. `due_s` tells from when on it is readable."""
+        descriptor = FIRST_DESCRIPTOR + next(self._numbers)
+        self._watches[descriptor] = due_s
+        return descriptor
 
     def next_s(self) -> float:
         """When something happens in the network by itself (connections); messages see `arrival_s`."""
@@ -86,6 +99,9 @@ class Network:
 
     def arrival_s(self, descriptor: int) -> float:
         """When the socket with that descriptor is readable; infinity while nothing is on its way."""
+        watch = self._watches.get(descriptor)
+        if watch is not None:
+            return watch()
         socket = self._sockets.get(descriptor)
         return socket.arrival_s if socket is not None else float("inf")
 
@@ -412,6 +428,7 @@ class VirtualSocket:
 
     def take(self, arrival_s: float, pipe: Pipe, outward: bool, frames: Frames) -> None:
         heapq.heappush(self._arrivals, (arrival_s, self.network.number(), pipe, outward, frames))
+        self.network.notice(self._descriptor, arrival_s)
 
     def count(self, pipe: Pipe) -> int:
         return sum(arrival[2] is pipe for arrival in self._arrivals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import logging
 import random
 import threading
@@ -13,6 +15,7 @@ from lmkv.control.runtime import START_S, Part, Runtime
 from lmkv.transport import Transport, open_transport
 from tests.simulation.hosts import Offers, VirtualHost
 from tests.simulation.mail import Network, VirtualContext
+from tests.simulation.plane import SteppedPlane
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,7 @@ class SteppedRunner:
 
     def wake(self) -> None:
         self._woken = True
+        self.world.expect(self)
 
     def stop(self, timeout_s: float = 5.0) -> None:
         self._stopping = True
@@ -83,11 +87,13 @@ class SteppedRunner:
 
     def due_s(self) -> float:
         """When its next turn is due."""
-        if self._woken:
-            wanted_s = 0.0
-        else:
-            wanted_s = min(self._wanted_s, *(self.world.arrival_s(fd) for fd in self._watched), NEVER_S)
-        return max(wanted_s, self.process.stalled_s)
+        return max(0.0 if self._woken else self._wanted_s, self.process.stalled_s)
+
+    def notice(self, time_s: float) -> None:
+        """One of its descriptors will be readable."""
+        if time_s < self._wanted_s:
+            self._wanted_s = time_s
+            self.world.expect(self)
 
     def turn(self) -> None:
         self._woken = False
@@ -107,11 +113,15 @@ class SteppedRunner:
             self._plan()
 
     def _plan(self) -> None:
+        world = self.world
         descriptors = self.part.descriptors()
         if descriptors is not None:
+            world.watch(self, self._watched, descriptors)
             self._watched = descriptors
-        now_s = self.world.clock()
-        self._wanted_s = now_s + self.part.next_s(now_s)
+        now_s = world.clock()
+        arrivals = (world.arrival_s(fd) for fd in self._watched)
+        self._wanted_s = min(now_s + self.part.next_s(now_s), *arrivals, NEVER_S)
+        world.expect(self)
 
     def _end(self) -> None:
         self.vanish()
@@ -120,6 +130,7 @@ class SteppedRunner:
     def vanish(self) -> None:
         """Without a word."""
         self.alive = False
+        self.world.watch(self, self._watched, ())
         self.world.leave(self)
 
 
@@ -212,7 +223,11 @@ class Process:
         )
 
     def _open_transport(self, url: str, name: str) -> Transport:
-        made = self.transports[name] = open_transport(url, name)
+        if url.startswith("inproc:"):
+            made: Transport = SteppedPlane(url, name, self.world.network)
+        else:
+            made = open_transport(url, name)
+        self.transports[name] = made
         return made
 
     def start_part(self, name: str, part: Part) -> SteppedRunner:
@@ -233,6 +248,10 @@ class Process:
             if not transport.gone:  # type: ignore[attr-defined]
                 transport.faults.dead = True  # type: ignore[attr-defined]
                 transport.abort()
+        for other in self.world.processes.values():
+            for transport in other.transports.values():
+                if isinstance(transport, SteppedPlane):
+                    transport.notice_death()
 
 
 class SteppedRuntime:
@@ -259,6 +278,12 @@ class SteppedRuntime:
         self._lives: dict[str, int] = {}
         self._runners: list[SteppedRunner] = []
         self._active: list[SteppedRunner] = []
+        self._numbers = itertools.count()
+        self._agenda: list[tuple[float, int, SteppedRunner]] = []
+        """When somebody is due, by the newest entry of a runner; older ones are skipped."""
+        self._ready: list[SteppedRunner] = []
+        self._watchers: dict[int, SteppedRunner] = {}
+        self.network.notice = self._notice
 
     # --- processes ---
 
@@ -314,19 +339,47 @@ class SteppedRuntime:
     def runners(self) -> list[SteppedRunner]:
         return list(self._runners)
 
+    def expect(self, runner: SteppedRunner) -> None:
+        """The runner's `due_s` has changed."""
+        if runner.alive and runner not in self._active:
+            heapq.heappush(self._agenda, (runner.due_s(), next(self._numbers), runner))
+
+    def watch(self, runner: SteppedRunner, before: Sequence[int], now: Sequence[int]) -> None:
+        """These descriptors are the runner's."""
+        for descriptor in before:
+            self._watchers.pop(descriptor, None)
+        for descriptor in now:
+            self._watchers[descriptor] = runner
+
+    def _notice(self, descriptor: int, time_s: float) -> None:
+        runner = self._watchers.get(descriptor)
+        if runner is not None:
+            runner.notice(time_s)
+
+    def _collect(self) -> None:
+        """Runners whose time has come are ready."""
+        now_s = self.clock()
+        while self._agenda and self._agenda[0][0] <= now_s:
+            _, _, runner = heapq.heappop(self._agenda)
+            if not runner.alive or runner in self._active or runner in self._ready:
+                continue
+            if runner.due_s() <= now_s:
+                self._ready.append(runner)
+            else:  # stalled meanwhile
+                self.expect(runner)
+
     def step(self, until_s: float = NEVER_S) -> bool:
         """One turn of a part that is due, after a jump in time if none is. False: none is due before `until_s`, where
         time has come to (with no end given: nobody will ever be due)."""
         while True:
             self.network.run()
-            now_s, active = self.clock(), self._active
-            dues = [(runner.due_s(), runner) for runner in self._runners if runner not in active]
-            ready = [runner for due_s, runner in dues if due_s <= now_s]
-            if ready:
-                self._turn(self.chance.choice(ready))
+            self._collect()
+            self._ready = [r for r in self._ready if r.alive and r not in self._active and r.due_s() <= self.clock()]
+            if self._ready:
+                runner = self._ready.pop(self.chance.randrange(len(self._ready)))
+                self._turn(runner)
                 return True
-            next_s = min((due_s for due_s, _ in dues), default=NEVER_S)
-            next_s = min(next_s, self.network.next_s())
+            next_s = min(self._agenda[0][0] if self._agenda else NEVER_S, self.network.next_s())
             if next_s > until_s or next_s == NEVER_S:
                 if until_s != NEVER_S:
                     self.clock.to(until_s)
@@ -341,6 +394,7 @@ class SteppedRuntime:
             runner.turn()
         finally:
             self._active.pop()
+            self.expect(runner)
 
     def wait(self, event: threading.Event, timeout_s: float) -> bool:
         """The seam for waits: others get turns until the event is set, or virtual time has passed the timeout."""
