@@ -147,9 +147,10 @@ class Runner:
         for rank in self.ranks:
             rank.caches.poison(step.freed)
         self.forget(step.output.finished_req_ids)
-        for rank in self.ranks:
-            step.results.append(rank.forward(step.output, lambda layer, rank=rank: self._layer(rank, step, layer)))
+        ends = [rank.forward(step.output, lambda layer, rank=rank: self._layer(rank, step, layer)) for rank in self.ranks]
         step.position = self._launch(lambda: self._sample(step))
+        # V2 asks for the connector's results once sampling has been launched, V1 has done so before.
+        step.results = [end() for end in ends]
 
     def _layer(self, rank: Rank, step: Step, layer: int) -> None:
         def run() -> None:
@@ -178,7 +179,7 @@ class Runner:
     def finish(self, step: Step) -> ModelRunnerOutput:
         """Waits for the device, as taking the sampled tokens does."""
         self.stream.synchronize(step.position)
-        outputs = [self._output(step, result()) for result in step.results]
+        outputs = [self._output(step, result) for result in step.results]
         if len(outputs) == 1:
             return outputs[0]
         return self._aggregator.aggregate(outputs)

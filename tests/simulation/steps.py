@@ -53,4 +53,4 @@ class Step:
     """Blocks that were free when the step was scheduled and hold nothing any more."""
     position: int = 0
     results: list[Any] = field(default_factory=list)
-    """ModelRunnerOutput of each rank, once it is known."""
+    """KVConnectorOutput of each rank."""
