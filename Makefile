@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo test test-fast check bench-handover clean
+.PHONY: help setup models ucx demo simulate test test-fast check bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -25,6 +25,9 @@ test: models ucx ## all tests; those marked e2e start engines
 
 test-fast: setup ## the tests that start no engine and compile no CUDA
 	$(BIN)/python -m pytest -m "not e2e and not nvcc" $(ARGS)
+
+simulate: setup ## worlds of simulated engines, every byte checked (ARGS="--worlds N --seed S --out F")
+	$(BIN)/python -m tests.simulation $(ARGS)
 
 check: setup ## linters, types, import floors, spelling
 	@scripts/check.sh

@@ -37,6 +37,8 @@ class Driver:
         self._fail = fail
         self._events = events
         self._numbers = itertools.count()
+        self.wake: Callable[[], None] = lambda: None
+        """Asks for a turn at once; set by the world."""
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
         self.unended = 0
         self.requests = 0
@@ -57,6 +59,7 @@ class Driver:
 
     def at(self, when_s: float, action: Callable[[float], None]) -> None:
         heapq.heappush(self._agenda, (when_s, next(self._numbers), action))
+        self.wake()
 
     def next_s(self, now_s: float) -> float:
         return max(0.0, self._agenda[0][0] - now_s) if self._agenda else 3600.0
@@ -75,6 +78,7 @@ class Driver:
         prefill, decode = self._rnd.choice(self._prefills), self._rnd.choice(self._decodes)
         transfer = f"{self._rnd.getrandbits(128):032x}"
         for sibling in range(plan.siblings):
+            self.requests += 1
             number = next(self._numbers)
             if plan.route == "pd":
                 self._hand_over(plan, f"{number}-{sibling}", transfer, prefill, decode, sibling == 0, now_s)
@@ -108,7 +112,6 @@ class Driver:
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float
     ) -> None:
         self.unended += 1
-        self.requests += 1
 
         def ended(job: Job) -> None:
             self.unended -= 1

@@ -97,6 +97,6 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         abort=rnd.choice([0.0, 0.05, 0.2]),
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
-        node_kib=rnd.choice([256, 1024, 8192]),
+        node_kib=rnd.choice([1024, 1024, 2048, 8192]),
         settings=settings,
     )

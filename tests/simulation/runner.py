@@ -147,7 +147,9 @@ class Runner:
         for rank in self.ranks:
             rank.caches.poison(step.freed)
         self.forget(step.output.finished_req_ids)
-        ends = [rank.forward(step.output, lambda layer, rank=rank: self._layer(rank, step, layer)) for rank in self.ranks]
+        ends = [
+            rank.forward(step.output, lambda layer, rank=rank: self._layer(rank, step, layer)) for rank in self.ranks
+        ]
         step.position = self._launch(lambda: self._sample(step))
         # V2 asks for the connector's results once sampling has been launched, V1 has done so before.
         step.results = [end() for end in ends]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections import Counter
 from typing import Any
 
@@ -41,7 +42,7 @@ class SteppedWorld:
         self.driver = Driver(
             self._rnd, self.runtime.clock, self.engines[:p], self.engines[p:], load, self.fail, self.events
         )
-        self.runtime.process("clients").start_part("driver", self.driver)
+        self.driver.wake = self.runtime.process("clients").start_part("driver", self.driver).wake
 
     def _node(self, number: int) -> tuple[Process, PoolNode]:
         process = self.runtime.process(f"node{number}", f"host{number}")
@@ -76,6 +77,8 @@ class SteppedWorld:
     # --- a run ---
 
     def run(self) -> Result:
+        """One run; the world is closed after it."""
+        started_s = time.perf_counter()
         end_s = self.runtime.clock() + LIMIT_S
         while not self.driver.done and not self.result.failures and self.runtime.step(end_s):
             pass
@@ -86,6 +89,7 @@ class SteppedWorld:
         self._count()
         self.result.requests = self.driver.requests
         self.close()
+        self.result.seconds = time.perf_counter() - started_s
         return self.result
 
     def _count(self) -> None:
