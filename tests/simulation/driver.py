@@ -135,7 +135,7 @@ class Driver:
     def _go_on(self, plan: RequestPlan, job: Job) -> None:
         """The next turn of a chat: what was said, and something new."""
         prompt = job.prompt + job.answer + self._load.fresh(self._rnd.randrange(1, 40))
-        if len(prompt) > 600:
+        if len(prompt) > self._load.longest:
             return
         following = replace(plan, prompt=prompt, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
         pause_s = self._rnd.random() * 0.05

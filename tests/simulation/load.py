@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .kinds import MAX_TOKENS
+from .plan import WorldPlan
 
 TOKENS = 900
-LONGEST = 420
 
 
 @dataclass(slots=True)
@@ -30,16 +29,17 @@ class RequestPlan:
 
 
 class Load:
-    """Draws `count` requests. `gentle` is the mean pause between bursts in seconds; `pd` the share of handed-over
-    requests."""
+    """Draws the requests of a plan."""
 
-    def __init__(self, rnd: random.Random, count: int, gentle_s: float, pd: float, abort: float, late: float) -> None:
+    def __init__(self, rnd: random.Random, plan: WorldPlan) -> None:
         self._rnd = rnd
-        self._count = count
-        self._gentle_s = gentle_s
-        self._pd = pd
-        self._abort = abort
-        self._late = late
+        self._count = plan.requests
+        self._gentle_s = plan.gentle_s
+        self._pd = plan.pd
+        self._abort = plan.abort
+        self._late = plan.late
+        self._outputs = plan.outputs
+        self.longest = plan.longest
         self._tree: list[list[int]] = [[]]
 
     def fresh(self, length: int) -> list[int]:
@@ -79,7 +79,7 @@ class Load:
         if not fresh and rnd.random() < 0.6:
             return base
         node = base + self.fresh(rnd.choice([15, 16, 17, 32, 48, 64, 96, 130]))
-        if len(node) > LONGEST:
+        if len(node) > self.longest * 2 // 3:
             node = node[-rnd.randrange(16, 130) :]
         self._tree.append(node)
         if len(self._tree) > 40:
@@ -89,7 +89,7 @@ class Load:
     def _one(self, at_s: float, prompt: list[int], turns: int = 0) -> RequestPlan:
         rnd = self._rnd
         route = "pd" if rnd.random() < self._pd else rnd.choice(["decode", "decode", "prefill"])
-        plan = RequestPlan(at_s, prompt[: MAX_TOKENS // 2], rnd.choice([1, 2, 3, 5, 8, 16]), route, turns=turns)
+        plan = RequestPlan(at_s, prompt[: self.longest], rnd.choice(self._outputs), route, turns=turns)
         lag = rnd.random()
         if lag < self._late:
             plan.decode_delay_s = rnd.choice([0.05, 0.3, 1.0, 3.0]) * rnd.random()

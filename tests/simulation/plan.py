@@ -32,6 +32,10 @@ class WorldPlan:
     transport: str
     """Of the stepped gear: how finely copies are sliced."""
     node_kib: int
+    outputs: tuple[int, ...]
+    """Lengths of answers."""
+    longest: int
+    """Tokens of the longest prompt: with its answer it has to fit into each cache."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     def describe(self) -> str:
@@ -54,7 +58,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     tiny = rnd.random() < 0.5
 
     def kind(role: str, block_tokens: int, count: int) -> EngineKind:
-        tokens = rnd.choice([900, 1300]) if tiny else rnd.choice([3000, 6000])
+        tokens = rnd.choice([576, 704, 1024]) if tiny else rnd.choice([3000, 6000])
         return EngineKind(
             "kv_both" if both else role,
             block_tokens,
@@ -62,7 +66,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
             count,
             is_async=rnd.random() < 0.5,
             is_v2=rnd.random() < 0.5,
-            step_tokens=rnd.choice([64, 128, 256, 512]),
+            step_tokens=rnd.choice([32, 48, 64] if tiny else [64, 128, 256, 512]),
             most_requests=rnd.choice([4, 8, 16]),
         )
 
@@ -98,5 +102,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
         node_kib=rnd.choice([1024, 1024, 2048, 8192]),
+        outputs=rnd.choice([(4, 8, 24, 48), (16, 32, 64)]) if tiny else (1, 2, 3, 5, 8, 16),
+        longest=320 if tiny else 600,
         settings=settings,
     )

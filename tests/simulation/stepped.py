@@ -37,7 +37,7 @@ class SteppedWorld:
         kinds = (*plan.prefills, *plan.decodes)
         for i, kind in enumerate(kinds):
             self.engines.append(self._engine(i, kind))
-        load = Load(self._rnd, plan.requests, plan.gentle_s, plan.pd, plan.abort, plan.late)
+        load = Load(self._rnd, plan)
         p = len(plan.prefills)
         self.driver = Driver(
             self._rnd, self.runtime.clock, self.engines[:p], self.engines[p:], load, self.fail, self.events

@@ -41,7 +41,7 @@ class ThreadedWorld:
         ]
         for engine in self.engines:
             watch(engine, self.result.events)
-        load = Load(self._rnd, plan.requests, plan.gentle_s, plan.pd, plan.abort, plan.late)
+        load = Load(self._rnd, plan)
         p = len(plan.prefills)
         self.driver = Driver(
             self._rnd, time.monotonic, self.engines[:p], self.engines[p:], load, self._fail, self.result.events
