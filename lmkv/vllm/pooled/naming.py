@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
+import torch
+
 from lmkv.hashing import Extra
 
 from .adapters import Adapters
@@ -36,7 +38,16 @@ def request_extras(request: Any, adapters: Adapters) -> tuple[Extra, ...] | None
         content = f"mm:{feature.modality}:{feature.identifier}".encode()
         extras.append(Extra(place.offset, place.offset + place.length, content))
     if request.prompt_embeds is not None:
-        embeds = request.prompt_embeds.detach().cpu().contiguous()
-        digest = hashlib.blake2b(embeds.view(-1).numpy().tobytes(), digest_size=16).digest()
-        extras.append(Extra(0, 0, b"embeds:" + digest))
+        extras.append(Extra(0, 0, b"embeds:" + _embeds_digest(request)))
     return tuple(extras)
+
+
+def _embeds_digest(request: Any) -> bytes:
+    """16 bytes over the prompt's embeddings ([tokens, hidden], any dtype), and over which tokens they stand for."""
+    embeds, mask = request.prompt_embeds, request.prompt_is_token_ids
+    state = hashlib.blake2b(f"{embeds.dtype}:{tuple(embeds.shape)}:".encode(), digest_size=16)
+    # Raw bytes, because numpy has no bfloat16.
+    state.update(embeds.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    if mask is not None:
+        state.update(bytes(mask))
+    return state.digest()
