@@ -1,7 +1,7 @@
 """Settings of an engine's connector; the only reader of `LMKV_*` for engines.
 
 Precedence: environment (`LMKV_LISTEN=…`) > `kv_connector_extra_config` (`{"listen": …}`) > default. An unknown name is
-an error.
+an error, unless it belongs to another process, a script or a build (`lmkv.settings`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import ConfigError
-
-# Of other processes; where a name is one of ours all the same (LMKV_POOL_LOAD), ours is read.
-_OTHER_VARIABLES = (
-    "LMKV_ROUTER_",
-    "LMKV_POOL_",
-    "LMKV_UP_",
-    "LMKV_SETUP",
-    "LMKV_VENV",
-    "LMKV_MODELS",
-    "LMKV_CORES",
-    "LMKV_READY_FILE",
-)
+from .settings import is_others
 
 
 class ConnectorSettings(BaseSettings):
@@ -119,7 +108,7 @@ def connector_settings(extra_config: Mapping[str, Any], environ: Mapping[str, st
         if name not in known:
             raise _unknown("kv_connector_extra_config", name, known)
     for variable in environ:
-        if variable.startswith("LMKV_") and not variable.startswith(_OTHER_VARIABLES):
+        if variable.startswith("LMKV_") and not is_others(variable):
             name = variable.removeprefix("LMKV_").lower()
             if name not in known:
                 raise _unknown("environment variable", variable, {f"LMKV_{k.upper()}" for k in known})
