@@ -43,11 +43,6 @@ class SchedulerSide:
 
     def __init__(self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings) -> None:
         parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported by lmkv",
-                hint="use tensor parallelism",
-            )
         self._settings = settings
         self._kv_cache_config = kv_cache_config
         self._role = ROLES[vllm_config.kv_transfer_config.kv_role]
