@@ -73,13 +73,15 @@ class ConnectorSettings(BaseSettings):
         64 << 20, ge=1 << 20, description="memory for pages on their way from and to other hosts"
     )
     store_drain_s: float = Field(10.0, ge=0, description="an engine that ends waits this long for its stores")
-    on_reset: Literal["new_epoch", "keep"] = Field(
+    on_reset: Literal["new_epoch", "count", "external", "keep"] = Field(
         "new_epoch",
-        description="after a reset of the external cache, or a sleep, the weights may be others: new_epoch shares no "
-        "more KV with other engines, keep says that they are the same",
+        description="after a reset of the prefix cache the weights may be others: new_epoch exchanges KV with no other "
+        "engine any more; count only with engines that have been reset as often (never through the pool); external is "
+        "new_epoch, but for resets of the external cache only (reset_external, pause, sleep); keep says that the "
+        "weights stay the same",
     )
     debug_dump_dir: str = Field("", description="write the KV bytes of every transfer here, on both sides (tests)")
-    log_level: Literal["debug", "info", "warning"] = "info"
+    log_level: Literal["debug", "info", "warning"] = Field("info", description="least level that is logged")
 
     @field_validator("pool", "controller", mode="before")
     @classmethod

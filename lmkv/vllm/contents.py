@@ -23,6 +23,13 @@ _ROPE_OF_CONFIG = {
 """Kinds of rope whose angles follow from the model's configuration alone."""
 
 
+MULTIMODAL = (
+    *("language_model_only", "mm_encoder_only", "media_io_kwargs", "mm_processor_kwargs"),
+    *("mm_device_do_normalize", "mm_encoder_attn_dtype", "video_pruning_rate", "video_pruning_method"),
+)
+"""vLLM's multimodal settings that change what an image becomes."""
+
+
 def digest(value: object) -> str:
     """16 hex digits over the canonical JSON of a value, the same in every process (`plain`)."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
@@ -158,9 +165,7 @@ def _multimodal(config: Any) -> str:
         content = Path(scales).read_text() if scales else ""
     except (OSError, ValueError) as error:
         content = f"{scales}: {error}"
-    names = ("language_model_only", "mm_encoder_only", "media_io_kwargs", "mm_processor_kwargs")
-    names += ("mm_device_do_normalize", "mm_encoder_attn_dtype", "video_pruning_rate", "video_pruning_method")
-    return digest([content, {name: getattr(settings, name) for name in names}])
+    return digest([content, {name: getattr(settings, name) for name in MULTIMODAL}])
 
 
 def _speculative(config: Any) -> str:
@@ -181,6 +186,16 @@ def _speculative(config: Any) -> str:
 def _plugins(config: Any) -> str:
     more = [config.additional_config or None, config.diffusion_config, config.engram_config]
     return digest(more) if any(part is not None for part in more) else "none"
+
+
+def lora_settings(config: Any) -> str:
+    """What of vLLM's LoRA settings changes the KV of requests with an adapter: part of their names, not of `must`."""
+    lora = config.lora_config
+    if lora is None:
+        return ""
+    targets = sorted(lora.target_modules) if lora.target_modules is not None else None
+    flags = [lora.enable_tower_connector_lora, lora.enable_mixed_moe_lora_format, lora.enable_moe_shared_loras]
+    return digest([str(lora.lora_dtype), targets, flags])
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _HINTS = {field.name: field.hint for field in FIELDS if field.hint} | {
     "interior": "run both on the same attention back end (CPU engines: the same instruction set and --dtype)",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT",
 }
-_PRIVATE_HINT = (
+PRIVATE_HINT = (
     "weights that cannot be identified are one engine's own: serve a folder with weight files, or a hub model whose "
     "snapshot is in the Hugging Face cache, that was complete before the engines started; after a reset restart both "
     "(or see on_reset)"
@@ -102,7 +102,7 @@ def _not_convertible(prefill: wire.EngineCard, decode: wire.EngineCard) -> str:
 def _refuse(name: str, ours: Mapping[str, str], theirs: Mapping[str, str], peer: str, fallback: str) -> None:
     hint = _HINTS.get(name, fallback)
     if name == "weights" and any(side.get(name, "").startswith(PRIVATE) for side in (ours, theirs)):
-        hint = _PRIVATE_HINT
+        hint = PRIVATE_HINT
     if fallback.startswith("and"):
         hint = f"{fallback}; {hint}"
     raise CompatError(name, ours.get(name, "-"), theirs.get(name, "-"), peer=peer, hint=hint)

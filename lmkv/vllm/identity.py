@@ -118,8 +118,8 @@ def _read(source: WeightSource, environ: Mapping[str, str], loaded_s: float, cac
 class WeightsName:
     """The name of this engine's weights through its life. Not thread-safe.
 
-    `on_reset`: what a reset of the prefix cache means. `new_epoch`: the weights may be others, known to nobody.
-    `count`: the same others on every engine that has been reset as often. `keep`: nothing.
+    `on_reset`: what a reset of the prefix cache means. `new_epoch`, `external`: the weights may be others, known to
+    nobody. `count`: the same others on every engine that has been reset as often. `keep`: nothing.
     """
 
     def __init__(self, incarnation: Incarnation, on_reset: str) -> None:
@@ -141,7 +141,7 @@ class WeightsName:
         """Why this engine's KV is its own alone, or ""."""
         if self._weights is None or self._weights.private:
             return self._weights.private if self._weights else ""
-        if self._resets and self._on_reset == "new_epoch":
+        if self._resets and self._on_reset != "count":
             return f"the prefix cache was reset {self._resets} times, the weights may have been replaced"
         return ""
 
@@ -153,6 +153,11 @@ class WeightsName:
         if self.private:
             return f"{PRIVATE} to {self._incarnation}{resets} ({self.private})"
         return self._weights.digest + resets
+
+    @property
+    def since_reset(self) -> str:
+        """What tells KV from that before the last reset, and from that of engines with other weights; "" before."""
+        return (str(self._resets) if self._on_reset == "count" else self.epoch) if self._resets else ""
 
     @property
     def epoch(self) -> str:

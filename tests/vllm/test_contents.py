@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkv.vllm.contents import FIELDS, config_digest, digest
+from lmkv.vllm.contents import FIELDS, MULTIMODAL, config_digest, digest
 from lmkv.vllm.fingerprint import must_match
 
 from .real_vllm import VllmConfig, get_rope, model_folder, set_current_vllm_config, vllm_config
@@ -116,9 +116,7 @@ def test_settings_that_this_host_cannot_start_with(
 
 
 def test_multimodal_settings_count() -> None:
-    names = ("language_model_only", "mm_encoder_only", "media_io_kwargs", "mm_processor_kwargs")
-    names += ("mm_device_do_normalize", "mm_encoder_attn_dtype", "video_pruning_rate", "video_pruning_method")
-    names += ("mm_encoder_fp8_scale_path",)
+    names = (*MULTIMODAL, "mm_encoder_fp8_scale_path")
     (read,) = [field.read for field in FIELDS if field.name == "multimodal"]
 
     def config(**given: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -10,6 +11,10 @@ import torch
 from lmkv.hashing import Extra
 
 from .adapters import Adapters
+
+_CONTENT_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}|[0-9a-f]{128})", re.DOTALL)
+"""vLLM's identifiers of images, video and audio: hashes of their content (after an adapter's name, where the encoder
+has adapters). Clients may give identifiers of their own instead, which two of them may use for different content."""
 
 
 def exclusion(request: Any, approximate: bool) -> str:
@@ -22,12 +27,18 @@ def exclusion(request: Any, approximate: bool) -> str:
         return "no_tokens"
     if getattr(request, "resumable", False):
         return "resumable"
+    if any(not _CONTENT_HASH.fullmatch(feature.identifier) for feature in request.mm_features or ()):
+        return "mm_uuid"
     return ""
 
 
 def request_extras(request: Any, adapters: Adapters) -> tuple[Extra, ...] | None:
-    """None: something that its KV depends on is not known (yet)."""
-    extras = []
+    """All that the KV of a request depends on besides its token ids, its salt and the engine's fingerprint: adapter,
+    images with their places, embeddings, and whether the engine has been reset.
+
+    Equal extras on two engines mean equal KV for equal tokens. None: one of them is not known (yet). Engine thread.
+    """
+    extras = [Extra(0, 0, b"reset:" + adapters.since_reset)] if adapters.since_reset else []
     if request.lora_request is not None:
         content = adapters.content(request.lora_request)
         if content is None:
