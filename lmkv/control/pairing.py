@@ -154,6 +154,11 @@ class Pairing:
         return self._admit(card)
 
     def refuse(self, address: str, reason: str) -> list[Action]:
+        """The engine at `address` says no. It may have compared with a card that is newer than the one known here."""
+        entry = self._addresses.get(address)
+        peer = self._peers.get(entry.incarnation) if entry and entry.incarnation else None
+        if peer is not None:
+            peer.unlike = reason
         return self._refused_by(address, reason)
 
     def introduced(self, rank: Rank, incarnation: Incarnation, error: str, now_s: float) -> list[Action]:

@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.model_executor.layers.rotary_embedding import get_rope
     from vllm.v1 import kv_cache_interface
     from vllm.v1.core.block_pool import BlockPool
@@ -25,6 +26,7 @@ __all__ = [
     "EngineArgs",
     "KVConnectorRole",
     "LmkvConnector",
+    "LoRARequest",
     "Request",
     "SamplingParams",
     "VllmConfig",
