@@ -114,8 +114,9 @@ class EngineEndpoint:
     def close(self) -> None:
         with self._lock:
             self._stop.set()
+            started = self._thread.ident is not None
         self._wake.set()
-        if self._thread.is_alive():
+        if started:  # it closes what it owns, perhaps before we look whether it still runs
             self._thread.join(timeout=5)
         else:
             self._end()

@@ -21,7 +21,8 @@ from .identity import PRIVATE
 _CONVERTED = {"dtype", "kv_dtype"}
 """Parts of `must` in which two engines may differ if decode converts (`convert_dtype`); never copied verbatim then."""
 _HINTS = {field.name: field.hint for field in FIELDS if field.hint} | {
-    "weights": "both engines must serve the same weight files; compare --model and --revision on both",
+    "weights": "both engines must serve the same weight files and have been reset as often (on_reset); compare --model "
+    "and --revision on both",
     "vllm": "run the same vLLM minor version on both",
     "block_tokens": "start both with the same --block-size",
     "tp": "start both with the same --tensor-parallel-size",

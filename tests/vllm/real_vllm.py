@@ -20,15 +20,19 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
 
     from lmkv.vllm.connector import LmkvConnector
+    from lmkv.vllm.metadata import HandshakeMeta
+    from lmkv.vllm.scheduler import SchedulerSide
 
 __all__ = [
     "BlockPool",
     "EngineArgs",
+    "HandshakeMeta",
     "KVConnectorRole",
     "LmkvConnector",
     "LoRARequest",
     "Request",
     "SamplingParams",
+    "SchedulerSide",
     "VllmConfig",
     "get_rope",
     "kv_cache_interface",

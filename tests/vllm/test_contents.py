@@ -18,6 +18,8 @@ from lmkv.vllm.fingerprint import must_match
 
 from .real_vllm import VllmConfig, get_rope, model_folder, set_current_vllm_config, vllm_config
 
+pytestmark = pytest.mark.timeout(600)  # importing vLLM and its first configuration may take a minute and more
+
 LONGROPE = {
     "rope_type": "longrope",
     "short_factor": [1.0] * 8,

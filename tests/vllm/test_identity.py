@@ -19,6 +19,8 @@ from lmkv.vllm.identity import Weights, WeightsName, WeightSource, identify, wei
 
 from .real_vllm import model_folder, vllm_config
 
+pytestmark = pytest.mark.timeout(600)  # importing vLLM and its first configuration may take a minute and more
+
 US, THEM = Incarnation("aa" * 8), Incarnation("bb" * 8)
 
 

@@ -17,6 +17,8 @@ from lmkv.vllm.pooled.naming import exclusion, request_extras
 
 from .real_vllm import LoRARequest, Request, SamplingParams
 
+pytestmark = pytest.mark.timeout(600)  # importing vLLM and its first configuration may take a minute and more
+
 TOKENS = 300
 
 

@@ -17,6 +17,8 @@ from lmkv.vllm.unsupported import refuse_caches, refuse_settings
 
 from .real_vllm import KVConnectorRole, LmkvConnector, kv_cache_interface, model_folder, vllm_config
 
+pytestmark = pytest.mark.timeout(600)  # importing vLLM and its first configuration may take a minute and more
+
 SPECS = kv_cache_interface
 FULL: dict[str, Any] = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 
