@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmkv.errors import ConfigError
 from lmkv.ids import Incarnation
 from lmkv.weights import locate, newest_s, process_start_s, weight_files, weights_digest
 
@@ -86,7 +87,12 @@ def identify(
     """
     digests = []
     for source in sources:
-        found = Weights("", source.private) if source.private else _read(source, environ, loaded_s, cache)
+        try:
+            found = Weights("", source.private) if source.private else _read(source, environ, loaded_s, cache)
+        except OSError as error:
+            raise ConfigError(
+                f"the weights of {source.model} cannot be read: {error}", hint="check the model folder"
+            ) from error
         if found.private:
             return found
         digests.append(found.digest)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmkv import wire
-from lmkv.errors import CompatError
+from lmkv.errors import CompatError, ConfigError
 from lmkv.ids import EngineName, Incarnation
 from lmkv.vllm import identity
 from lmkv.vllm.fingerprint import compare
@@ -69,6 +69,17 @@ def test_two_engines_with_the_same_unresolved_name_are_not_the_same(tmp_path: Pa
 def test_folders_without_weight_files_are_not_the_same(tmp_path: Path) -> None:
     model_folder(tmp_path)
     assert "no weight files" in identified(str(tmp_path)).private
+
+
+def test_files_that_vanish_are_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that reads them tells it; an engine with plain OSErrors would wait for its weights for ever."""
+
+    def gone(paths: object) -> float:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(identity, "newest_s", gone)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        identified(str(with_weights(tmp_path)))
 
 
 def test_a_modelscope_name_is_not_looked_up_at_hugging_face(tmp_path: Path) -> None:
