@@ -125,9 +125,7 @@ def describe(
     Addresses come from `data_ptr` and `stride`, never from assumption. Raises ConfigError for caches that cannot be
     moved block by block (states that are not per token, blocks that are not contiguous).
     """
-    for index, group in enumerate(kv_cache_config.transfer_groups):
-        for spec in layer_specs(group.kv_cache_spec):
-            refuse_spec(spec, f"KV cache group {index}")
+    _check_specs(kv_cache_config)
     group_of = kv_cache_config.transfer_group_index_by_layer
     names: list[list[str]] = [[] for _ in kv_cache_config.transfer_groups]
     layers: list[list[wire.LayerCard]] = [[] for _ in kv_cache_config.transfer_groups]
@@ -144,11 +142,6 @@ def describe(
     regions = [Region(a, s.nbytes(), kind, device.index or 0, s) for a, s in storages.items()]
     scratch = np.zeros(SCRATCH_BYTES, dtype=np.uint8)
     regions.append(Region(scratch.ctypes.data, SCRATCH_BYTES, MemoryKind.DRAM, 0, scratch))
-    layout = {
-        "interior": interior,
-        "block_bytes": ",".join(str(cards[0].block_bytes) if cards else "0" for cards in layers),
-        "group_layers": ",".join(str(len(cards)) for cards in layers),
-    }
     flat = tuple(card for cards in layers for card in cards)
     layer_names = tuple(tuple(group_names) for group_names in names)
     found = geometries(kv_caches, layer_names, kv_cache_config.transfer_groups, interior, shard)
@@ -159,7 +152,7 @@ def describe(
         kind,
         flat,
         layer_names,
-        layout,
+        _layout(interior, layers),
         scratch,
         tuple(regions),
         found,
@@ -167,6 +160,22 @@ def describe(
         slots,
         tuple(group.kv_cache_spec.block_size for group in kv_cache_config.transfer_groups),
     )
+
+
+def _check_specs(kv_cache_config: Any) -> None:
+    """Raise ConfigError for states and other caches that are not per token: their shape alone does not tell them."""
+    for index, group in enumerate(kv_cache_config.transfer_groups):
+        for spec in layer_specs(group.kv_cache_spec):
+            refuse_spec(spec, f"KV cache group {index}")
+
+
+def _layout(interior: str, layers: list[list[wire.LayerCard]]) -> dict[str, str]:
+    """What has to be equal for direct mode, as far as this worker sees it. `layers` by transfer group."""
+    return {
+        "interior": interior,
+        "block_bytes": ",".join(str(cards[0].block_bytes) if cards else "0" for cards in layers),
+        "group_layers": ",".join(str(len(cards)) for cards in layers),
+    }
 
 
 def _layer_card(name: str, tensor: Any, group: int, num_blocks: int) -> wire.LayerCard:
