@@ -1,7 +1,7 @@
 """Settings of an engine's connector; the only reader of `LMKV_*` for engines.
 
 Precedence: environment (`LMKV_LISTEN=…`) > `kv_connector_extra_config` (`{"listen": …}`) > default. An unknown name is
-an error.
+an error, unless it belongs to another process, a script or a build (`lmkv.settings`).
 """
 
 from __future__ import annotations
@@ -15,18 +15,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import ConfigError
-
-# Of other processes; where a name is one of ours all the same (LMKV_POOL_LOAD), ours is read.
-_OTHER_VARIABLES = (
-    "LMKV_ROUTER_",
-    "LMKV_POOL_",
-    "LMKV_UP_",
-    "LMKV_SETUP",
-    "LMKV_VENV",
-    "LMKV_MODELS",
-    "LMKV_CORES",
-    "LMKV_READY_FILE",
-)
+from .settings import is_others
 
 
 class ConnectorSettings(BaseSettings):
@@ -84,13 +73,15 @@ class ConnectorSettings(BaseSettings):
         64 << 20, ge=1 << 20, description="memory for pages on their way from and to other hosts"
     )
     store_drain_s: float = Field(10.0, ge=0, description="an engine that ends waits this long for its stores")
-    on_reset: Literal["new_epoch", "keep"] = Field(
+    on_reset: Literal["new_epoch", "count", "external", "keep"] = Field(
         "new_epoch",
-        description="after a reset of the external cache, or a sleep, the weights may be others: new_epoch shares no "
-        "more KV with other engines, keep says that they are the same",
+        description="after a reset of the prefix cache the weights may be others: new_epoch exchanges KV with no other "
+        "engine any more; count only with engines that have been reset as often (never through the pool); external is "
+        "new_epoch, but for resets of the external cache only (reset_external, pause, sleep); keep says that the "
+        "weights stay the same",
     )
     debug_dump_dir: str = Field("", description="write the KV bytes of every transfer here, on both sides (tests)")
-    log_level: Literal["debug", "info", "warning"] = "info"
+    log_level: Literal["debug", "info", "warning"] = Field("info", description="least level that is logged")
 
     @field_validator("pool", "controller", mode="before")
     @classmethod
@@ -119,7 +110,7 @@ def connector_settings(extra_config: Mapping[str, Any], environ: Mapping[str, st
         if name not in known:
             raise _unknown("kv_connector_extra_config", name, known)
     for variable in environ:
-        if variable.startswith("LMKV_") and not variable.startswith(_OTHER_VARIABLES):
+        if variable.startswith("LMKV_") and not is_others(variable):
             name = variable.removeprefix("LMKV_").lower()
             if name not in known:
                 raise _unknown("environment variable", variable, {f"LMKV_{k.upper()}" for k in known})

@@ -40,7 +40,8 @@ class Manifest:
     """What a namespace stands for. Two engines share KV only if all of it is equal.
 
     `must`: model, weights, dtypes, rope, quantization, … (lmkv.vllm.fingerprint). `groups`: by KV group, the shape of a
-    page. `epoch`: "" for weights as they lie on disk; anything else once they have been replaced in a running engine.
+    page. `epoch`: "" for weights as they lie on disk; otherwise one engine's own, whose weights cannot be identified or
+    may have been replaced since it started (lmkv.vllm.identity).
     """
 
     must: Mapping[str, str]

@@ -11,6 +11,38 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from .errors import ConfigError
 
+SCRIPT_VARIABLES = (
+    "LMKV_VENV",
+    "LMKV_PYTHON",
+    "LMKV_MODELS",
+    "LMKV_CORES",
+    "LMKV_READY_FILE",
+    "LMKV_START_TIMEOUT_S",
+    "LMKV_STOP_TIMEOUT_S",
+    "LMKV_SETUP",
+)
+"""Variables that the launch scripts read (`scripts/_launch.sh` takes them out of the engine's environment)."""
+OTHER_VARIABLES = frozenset(
+    (
+        *SCRIPT_VARIABLES,
+        *("LMKV_CUDA", "LMKV_DEVICE_COMPILER", "LMKV_TORCH_DIR", "LMKV_SHIM"),
+        *("LMKV_UCX_PYTHON", "LMKV_UCX_VENV"),
+        *("LMKV_MODEL", "LMKV_MODELS_DIR", "LMKV_ENGINE_ARGS", "LMKV_PUBLISH", "LMKV_SHM", "LMKV_DISK_CAPACITY"),
+        *("LMKV_PREFILL_CORES", "LMKV_PREFILL_GPU", "LMKV_DECODE_CORES", "LMKV_DECODE_GPU"),
+        *("LMKV_CHAOS_ROUNDS", "LMKV_CHAOS_SEED", "LMKV_STORMS"),
+    )
+)
+"""Variables of the scripts, the build, the compose file and the tests. An engine that finds them in its environment
+leaves them alone."""
+OTHER_PREFIXES = ("LMKV_ROUTER_", "LMKV_POOL_", "LMKV_UP_")
+"""Settings of other processes begin so. Where such a name is also one of the engine's (LMKV_POOL_LOAD), the engine
+reads it."""
+
+
+def is_others(variable: str) -> bool:
+    """A variable that an engine's settings need not know."""
+    return variable in OTHER_VARIABLES or variable.startswith(OTHER_PREFIXES)
+
 
 class CommandSettings(BaseSettings):
     """Of a process that is started by a command: what stands on the command line wins over the environment."""

@@ -1,5 +1,6 @@
 """The digest of a model's weights: of the whole content of its weight files, so that a changed file is another model.
 
+A model is a folder, a file, or the name of a repository whose snapshot lies in the Hugging Face cache (`locate`).
 Reading is slow (about 1 GB/s a thread), so each file's digest is cached under what tells a changed file: device, inode,
 size, mtime and ctime. A file that changes while it is read is read again.
 """
@@ -10,14 +11,18 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ConfigError
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
+QUANTIZATION_FILES = ("quantize_config.json", "quant_config.json", "quantization_config.json", "hf_quant_config.json")
+"""Settings that say how the weights are to be read, where they do not stand in config.json."""
 THREADS = 8
 _CHUNK_BYTES = 8 << 20
 _TRIES = 3
@@ -26,30 +31,74 @@ Progress = Callable[[int, int], None]
 """(bytes read, bytes in all), from any of the reading threads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where a model's files lie on this host."""
+
+    path: Path
+    """The model's folder, or the one file that it is."""
+    hub: bool = False
+    """`path` is a snapshot in the Hugging Face cache: its files are blobs that are never changed under their name."""
+    pointer: Path | None = None
+    """The file that said which snapshot it is (a branch or tag); another process may have moved it."""
+
+
+def locate(
+    model: str, revision: str | None, environ: Mapping[str, str], download_dir: str | None = None
+) -> Located | None:
+    """The files of `model`: a path, or `ORG/NAME` at `revision` (a commit, branch or tag; None: main) in the Hugging
+    Face cache. None if it is neither. A revision that carries its commit (`.resolved`, as vLLM's do) needs no pointer.
+
+    `environ`: HF_HUB_CACHE, HF_HOME and XDG_CACHE_HOME are honoured. `download_dir` replaces the cache's folder.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return Located(path)
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        return None
+    folder = hub_cache(environ, download_dir) / f"models--{model.replace('/', '--')}"
+    commit, pointer = str(getattr(revision, "resolved", None) or revision or "main"), None
+    if not (folder / "snapshots" / commit).is_dir():
+        pointer = folder / "refs" / commit
+        try:
+            commit = pointer.read_text().strip()
+        except (OSError, ValueError):
+            return None
+    snapshot = folder / "snapshots" / commit
+    return Located(snapshot, hub=True, pointer=pointer) if commit and snapshot.is_dir() else None
+
+
+def hub_cache(environ: Mapping[str, str], download_dir: str | None = None) -> Path:
+    """The folder of the Hugging Face cache, found as huggingface_hub finds it."""
+    if download_dir:
+        return Path(download_dir)
+    home = environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = environ.get("HF_HOME") or f"{home}/huggingface"
+    cache = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    return Path(os.path.expandvars(os.path.expanduser(cache)))
+
+
 def weight_files(model: Path) -> list[Path]:
     """The weight files in a model folder, or the one file that `model` is."""
     if model.is_file():
         return [model]
-    return sorted(path for path in model.iterdir() if path.suffix in SUFFIXES)
+    return sorted(path for path in model.iterdir() if path.suffix in SUFFIXES or path.name in QUANTIZATION_FILES)
 
 
-def weights_digest(model: str, cache: Path | None, progress: Progress = lambda done, total: None) -> str:
-    """16 hex digits over names and contents of all weight files. A model that is no folder or file here (a hub name)
-    gives `name:<model>`, a folder without weight files `none`.
+def weights_digest(model: str | Path, cache: Path | None, progress: Progress = lambda done, total: None) -> str:
+    """16 hex digits over names and contents of all weight files of the folder or file `model`; "" if it has none.
 
     `cache`: folder for the digests of files; None: no cache. Blocks while it reads. Raises ConfigError for a file that
     cannot be read or never stops changing.
     """
     path = Path(model)
-    if not path.exists():
-        return f"name:{model}"
     try:
         files = weight_files(path)
         total = sum(file.stat().st_size for file in files)
     except OSError as error:
-        raise ConfigError(f"the weights of {model} cannot be read: {error}", hint="check the model folder") from error
-    if not files:
-        return "none"
+        raise ConfigError(f"the weights of {path} cannot be read: {error}", hint="check the model folder") from error
+    if all(file.name in QUANTIZATION_FILES for file in files):
+        return ""
     done = [0] * len(files)
 
     def one(index: int) -> str:
@@ -93,10 +142,12 @@ def identity(path: Path) -> str:
     return f"{s.st_dev}-{s.st_ino}-{s.st_size}-{s.st_mtime_ns}-{s.st_ctime_ns}"
 
 
-def newest_s(model: Path) -> float:
-    """When a file of the model was last changed or replaced, seconds since the epoch. Raises OSError."""
-    files = list(model.iterdir()) if model.is_dir() else [model]
-    return max((file.stat().st_ctime for file in files), default=0.0)
+def newest_s(paths: Iterable[Path]) -> float:
+    """When one of these files was last changed or replaced, seconds since the epoch. Raises OSError.
+
+    A symbolic link counts as well as the file that it leads to.
+    """
+    return max((max(path.stat().st_ctime, path.lstat().st_ctime) for path in paths), default=0.0)
 
 
 def process_start_s() -> float:

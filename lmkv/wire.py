@@ -264,6 +264,8 @@ class Description(_Message, frozen=True, tag=True):
     peers: tuple[tuple[str, str], ...]
     """(name, incarnation) of ready peers."""
     counters: dict[str, int]
+    private: str = ""
+    """Why this engine's KV is its own alone (its weights cannot be identified), or ""."""
 
 
 class Explain(_Message, frozen=True, tag=True):

@@ -14,6 +14,7 @@ from lmkv import errors, layout, wire
 from lmkv.config import ConnectorSettings
 from lmkv.ids import EngineName, Incarnation, Rank
 from lmkv.pool.settings import ENV_PREFIX, NodeSettings
+from lmkv.vllm.contents import FIELDS
 from lmkv.vllm.fingerprint import compare, is_direct
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -150,7 +151,16 @@ def conversions_table() -> str:
     return "\n".join(lines)
 
 
+def contents_table() -> str:
+    lines = ["| field | what is in it |", "|---|---|"]
+    lines += [f"| `{field.name}` | {field.settings} |" for field in FIELDS]
+    lines.append("| `vllm` | vLLM's minor version |")
+    lines.append("| `weights` | the weight files' digest, a drafter's included; or the engine, if they are private |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "fingerprint.md": ("contents", contents_table),
     "connector.md": ("settings", settings_table),
     "pool.md": ("pool", pool_table),
     "errors.md": ("errors", errors_table),

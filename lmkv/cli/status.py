@@ -13,14 +13,19 @@ from ._admin import CONTROLLER_HELP, JSON_HELP, NODE_HELP, Addresses, addresses,
 def status(
     controller: Annotated[Addresses, typer.Option(help=CONTROLLER_HELP + " [tcp://127.0.0.1:18400]")] = None,
     node: Annotated[Addresses, typer.Option(help=NODE_HELP)] = None,
+    engine: Annotated[Addresses, typer.Option(help="An engine's control address; repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """What controllers know of the pool's nodes, and what nodes say of themselves. Exit status 1 if one is silent."""
+    """What controllers know of the pool's nodes, and what nodes and engines say of themselves.
+
+    Exit status 1 if one is silent.
+    """
     with explained():
-        controllers, nodes = addresses(controller, node)
+        controllers, nodes = addresses(controller, node) if controller or node or not engine else ([], [])
         found = {
             "controllers": [_answer(address, _members) for address in controllers],
             "nodes": [_answer(address, _stats) for address in nodes],
+            "engines": _engines(engine or []),
         }
     if as_json:
         typer.echo(json.dumps(found, indent=1))
@@ -66,10 +71,40 @@ def _stats(admin: Any) -> dict[str, Any]:
     return {"name": card.name, "incarnation": card.incarnation, "stats": json.loads(answer.stats)}
 
 
+def _engines(asked: list[str]) -> list[dict[str, Any]]:
+    import asyncio
+
+    from lmkv.control.client import ControlClient, ControlError
+
+    async def ask() -> list[dict[str, Any]]:
+        client = ControlClient()
+        try:
+            return [await describe(client, address) for address in asked]
+        finally:
+            await client.close()
+
+    async def describe(client: ControlClient, address: str) -> dict[str, Any]:
+        try:
+            said = await client.describe(address)
+        except ControlError as error:
+            return {"address": address, "error": str(error)}
+        peers = [{"name": name, "incarnation": incarnation} for name, incarnation in said.peers]
+        known = {"name": said.name, "incarnation": said.incarnation, "role": said.role}
+        return {"address": address, **known, "private": said.private, "peers": peers, "counters": said.counters}
+
+    return asyncio.run(ask()) if asked else []
+
+
 def _print(found: dict[str, list[dict[str, Any]]]) -> None:
-    for answer in found["controllers"] + found["nodes"]:
+    for answer in found["controllers"] + found["nodes"] + found["engines"]:
         if "error" in answer:
             typer.echo(answer["error"], err=True)
+        elif "role" in answer:
+            typer.echo(f"engine {answer['name']} ({answer['incarnation']}) at {answer['address']}: {answer['role']}")
+            if answer["private"]:
+                typer.echo(f"  private, exchanges KV with no other engine: {answer['private']}")
+            paired = ", ".join(peer["name"] for peer in answer["peers"]) or "none"
+            typer.echo(table([("  peers", paired), *(("  " + k, str(v)) for k, v in answer["counters"].items())]))
         elif "nodes" in answer:
             typer.echo(f"controller {answer['name']} at {answer['address']}: {len(answer['nodes'])} nodes")
             if answer["nodes"]:

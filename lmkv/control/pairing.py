@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from lmkv import wire
 from lmkv.errors import CompatError
 from lmkv.ids import Incarnation, Rank
@@ -65,6 +67,12 @@ class _Peer:
     introduced: set[Rank] = field(default_factory=set)
     ready: bool = False
     owes_welcome: bool = False
+    unlike: str = ""
+    """Why no KV passes any more, although all is connected: one of both has another card now."""
+
+    @property
+    def usable(self) -> bool:
+        return self.ready and not self.unlike
 
 
 class Pairing:
@@ -84,19 +92,29 @@ class Pairing:
         if entry is None:
             return PairState.PENDING, ""
         peer = self._peers.get(entry.incarnation) if entry.incarnation else None
-        if peer is not None and peer.ready:
+        if peer is not None and peer.usable:
             return PairState.READY, ""
+        if peer is not None and peer.unlike:
+            return PairState.REFUSED, peer.unlike
         return (PairState.REFUSED, entry.refused) if entry.refused else (PairState.PENDING, "")
 
     def ready_card(self, address: str) -> wire.EngineCard | None:
         entry = self._addresses.get(address)
         peer = self._peers.get(entry.incarnation) if entry and entry.incarnation else None
-        return peer.card if peer is not None and peer.ready else None
+        return peer.card if peer is not None and peer.usable else None
 
     def ready_peers(self) -> list[wire.EngineCard]:
-        return [peer.card for peer in self._peers.values() if peer.ready]
+        return [peer.card for peer in self._peers.values() if peer.usable]
 
     # --- events ---
+
+    def renew(self, card: wire.EngineCard) -> list[ToEngine]:
+        """This engine has another card (its weights may have changed): each pair is judged anew, and each peer told,
+        so that it does the same. Workers stay connected: what is under way ends as it would have."""
+        self.card = card
+        for peer in self._peers.values():
+            self._judged(peer.card, self._refusal(peer.card))
+        return [ToEngine(peer.card.address, wire.Hello(card)) for peer in self._peers.values()]
 
     def want(self, address: str, now_s: float, waiter: tuple[bytes, str] | None = None) -> list[Action]:
         """Someone needs the engine at `address`. A waiter (identity, token) gets a Met when it is decided."""
@@ -115,10 +133,10 @@ class Pairing:
 
     def hello(self, card: wire.EngineCard) -> list[Action]:
         refusal = self._refusal(card)
+        known = self._judged(card, refusal)
         if refusal is not None:
             self._note_refusal(card.address, refusal.reason)
             return [ToEngine(card.address, refusal)]
-        known = self._peers.get(card.incarnation)
         if known is not None and known.ready:
             return [ToEngine(card.address, wire.Welcome(self.card))]
         actions = self._admit(card)
@@ -128,12 +146,19 @@ class Pairing:
     def welcome(self, card: wire.EngineCard) -> list[Action]:
         refusal = self._refusal(card)
         if refusal is not None:
+            self._judged(card, refusal)
             return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
-        if card.incarnation in self._peers:
-            return []
+        known = self._judged(card, None)
+        if known is not None:
+            return self._tell_waiters(card.address, "") if known.ready else []
         return self._admit(card)
 
     def refuse(self, address: str, reason: str) -> list[Action]:
+        """The engine at `address` says no. It may have compared with a card that is newer than the one known here."""
+        entry = self._addresses.get(address)
+        peer = self._peers.get(entry.incarnation) if entry and entry.incarnation else None
+        if peer is not None:
+            peer.unlike = reason
         return self._refused_by(address, reason)
 
     def introduced(self, rank: Rank, incarnation: Incarnation, error: str, now_s: float) -> list[Action]:
@@ -147,6 +172,8 @@ class Pairing:
         if peer.ready or len(peer.introduced) < len(self.card.workers):
             return []
         peer.ready = True
+        if peer.unlike:
+            return self._tell_waiters(peer.card.address, peer.unlike)
         actions: list[Action] = []
         if peer.owes_welcome:
             actions.append(ToEngine(peer.card.address, wire.Welcome(self.card)))
@@ -160,6 +187,15 @@ class Pairing:
         except CompatError as error:
             return wire.Refuse(self.card.incarnation, self.card.address, str(error), error.field)
         return None
+
+    def _judged(self, card: wire.EngineCard, refusal: wire.Refuse | None) -> _Peer | None:
+        """A peer that is known has told this card. Only what must match can have changed: an incarnation's memory and
+        addresses stay what they were."""
+        peer = self._peers.get(card.incarnation)
+        if peer is not None:
+            peer.card = msgspec.structs.replace(peer.card, must=card.must)
+            peer.unlike = refusal.reason if refusal is not None else ""
+        return peer
 
     def _admit(self, card: wire.EngineCard) -> list[Action]:
         entry = self._addresses.setdefault(card.address, _Address())

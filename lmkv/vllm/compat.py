@@ -41,6 +41,20 @@ def interior_of(vllm_config: Any, kv_caches: dict[str, Any]) -> str:
     return ",".join(sorted(kinds))
 
 
+class ResetWatch:
+    """Tells whether vLLM has reset its prefix cache: `BlockPool.reset_prefix_cache` puts a new map in the place of the
+    old one, whoever asked for it. Engine thread only."""
+
+    def __init__(self, block_pool: Any) -> None:
+        self._pool = block_pool
+        self._map = block_pool.cached_block_hash_to_block
+
+    def was_reset(self) -> bool:
+        """Since the last call (or the beginning)."""
+        before, self._map = self._map, self._pool.cached_block_hash_to_block
+        return self._map is not before
+
+
 def shard(vllm_config: Any) -> Shard:
     """This rank's place among the tensor-parallel ranks."""
     model = vllm_config.model_config

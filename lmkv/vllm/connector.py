@@ -30,6 +30,7 @@ from lmkv.errors import ConfigError
 
 from . import compat
 from .metadata import HandshakeMeta, StepMeta
+from .unsupported import refuse_caches, refuse_settings
 
 if TYPE_CHECKING:
     from .scheduler import SchedulerSide
@@ -48,6 +49,8 @@ class LmkvConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         compat.check_version()
+        refuse_settings(vllm_config)
+        refuse_caches(kv_cache_config)
         transfer_config = vllm_config.kv_transfer_config
         settings = connector_settings(transfer_config.kv_connector_extra_config, os.environ)
         compat.set_up_logging(settings.log_level)

@@ -45,6 +45,7 @@ class EngineEndpoint:
         self._is_watched = False
         self._is_closed = False
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
+        self._private = ""
         self._closed = "the digest of the weights is not known yet"
         """Why there is no pairing (yet)."""
         self._runner = runtime.runner("lmkv-endpoint", self)
@@ -53,12 +54,13 @@ class EngineEndpoint:
     def address(self) -> str:
         return self._inbox.address
 
-    def start(self, card: wire.EngineCard, peers: tuple[str, ...]) -> None:
+    def start(self, card: wire.EngineCard, peers: tuple[str, ...], private: str = "") -> None:
+        """`private`: why this engine exchanges KV with no other, for whoever asks (Describe)."""
         now_s = self._runtime.clock()
         with self._lock:
             if self._is_closed:
                 return
-            self._pairing = Pairing(card, compare)
+            self._pairing, self._private = Pairing(card, compare), private
             self._wanted = dict.fromkeys(peers, now_s + _WANTED_FOR_S)
             self._runner.start()
 
@@ -97,6 +99,15 @@ class EngineEndpoint:
         """KV of that engine is what ours would compute."""
         assert self._pairing is not None
         return is_exact(self._pairing.card, card)
+
+    def renew(self, card: wire.EngineCard, private: str) -> None:
+        """After `start`: this engine is described by another card from now on, and each pair is judged anew."""
+        assert self._pairing is not None
+        with self._lock:
+            self._private = private
+            for action in self._pairing.renew(card):
+                self._to_send.append((action.address, action.message))
+        self._runner.wake()
 
     def tell(self, address: str, message: wire.Control) -> None:
         """Send a message that is in no hurry."""
@@ -186,7 +197,9 @@ class EngineEndpoint:
         assert self._pairing is not None
         card = self._pairing.card
         peers = tuple((peer.name, peer.incarnation) for peer in self._pairing.ready_peers())
-        return wire.Description(token, card.name, card.incarnation, card.role, peers, self._book.counts())
+        return wire.Description(
+            token, card.name, card.incarnation, card.role, peers, self._book.counts(), self._private
+        )
 
     def _do(self, actions: list[Action]) -> None:
         assert self._pairing is not None

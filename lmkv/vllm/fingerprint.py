@@ -7,8 +7,6 @@ land in slots and are converted (landing mode), or are refused with the reason.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,50 +15,31 @@ from lmkv.errors import CompatError, LayoutError
 from lmkv.layout import refusal
 from lmkv.transfer.routes import engine_routes
 
-_VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "_attn_implementation"}
+from .contents import FIELDS
+from .identity import PRIVATE
+
 _CONVERTED = {"dtype", "kv_dtype"}
 """Parts of `must` in which two engines may differ if decode converts (`convert_dtype`); never copied verbatim then."""
-_HINTS = {
-    "weights": "both engines must serve the same weight files; compare --model on both",
-    "model": "both engines must serve the same model; compare --model and --hf-overrides on both",
-    "dtype": "start both with the same --dtype, or let decode convert it (convert_dtype)",
-    "kv_dtype": "start both with the same --kv-cache-dtype",
-    "quantization": "start both with the same --quantization",
-    "speculative": "start both with the same --speculative-config",
+_HINTS = {field.name: field.hint for field in FIELDS if field.hint} | {
+    "weights": "both engines must serve the same weight files and have been reset as often (on_reset); compare --model "
+    "and --revision on both",
     "vllm": "run the same vLLM minor version on both",
     "block_tokens": "start both with the same --block-size",
     "tp": "start both with the same --tensor-parallel-size",
     "interior": "run both on the same attention back end (CPU engines: the same instruction set and --dtype)",
     "kv_layout": "start both with the same VLLM_KV_CACHE_LAYOUT",
 }
-
-
-def digest(value: object) -> str:
-    """16 hex digits over the canonical JSON of a value (anything not JSON is taken by its str)."""
-    text = json.dumps(value, sort_keys=True, default=str, separators=(",", ":"))
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
-
-
-def config_digest(config: Mapping[str, Any]) -> str:
-    """Digest of a Hugging Face config without the entries that do not change the KV."""
-    return digest({key: value for key, value in config.items() if key not in _VOLATILE})
+PRIVATE_HINT = (
+    "weights that cannot be identified are one engine's own: serve a folder with weight files, or a hub model whose "
+    "snapshot is in the Hugging Face cache, that was complete before the engines started; after a reset restart both "
+    "(or see on_reset)"
+)
 
 
 def must_match(vllm_config: Any, vllm_version: str) -> dict[str, str]:
-    """The `must` part from vLLM's configuration, but for `weights` (lmkv.weights), which takes time to know."""
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    speculative = vllm_config.speculative_config
-    return {
-        "model": ",".join(model.architectures or ["?"]) + ":" + config_digest(model.hf_text_config.to_dict()),
-        "dtype": str(model.dtype),
-        "kv_dtype": str(cache.cache_dtype),
-        "quantization": str(model.quantization),
-        "layers": str(model.get_total_num_hidden_layers()),
-        "kv_heads": str(model.get_total_num_kv_heads()),
-        "head_size": str(model.get_head_size()),
-        "speculative": digest([speculative.method, speculative.model]) if speculative is not None else "none",
-        "vllm": ".".join(vllm_version.split(".")[:2]),
-    }
+    """The `must` part from vLLM's configuration, but for `weights` (lmkv.vllm.identity), which takes time to know."""
+    found = {field.name: field.read(vllm_config) for field in FIELDS}
+    return found | {"vllm": ".".join(vllm_version.split(".")[:2])}
 
 
 def is_direct(ours: wire.EngineCard, theirs: wire.EngineCard) -> bool:
@@ -123,6 +102,8 @@ def _not_convertible(prefill: wire.EngineCard, decode: wire.EngineCard) -> str:
 
 def _refuse(name: str, ours: Mapping[str, str], theirs: Mapping[str, str], peer: str, fallback: str) -> None:
     hint = _HINTS.get(name, fallback)
+    if name == "weights" and any(side.get(name, "").startswith(PRIVATE) for side in (ours, theirs)):
+        hint = PRIVATE_HINT
     if fallback.startswith("and"):
         hint = f"{fallback}; {hint}"
     raise CompatError(name, ours.get(name, "-"), theirs.get(name, "-"), peer=peer, hint=hint)

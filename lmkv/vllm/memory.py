@@ -21,6 +21,7 @@ from lmkv.transfer.plan import KvMap
 from lmkv.transport import Extents, MemoryKind, Region
 
 from .geometry import Shard, geometries, storage_bytes
+from .unsupported import layer_specs, refuse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def describe(
     Addresses come from `data_ptr` and `stride`, never from assumption. Raises ConfigError for caches that cannot be
     moved block by block (states that are not per token, blocks that are not contiguous).
     """
+    _check_specs(kv_cache_config)
     group_of = kv_cache_config.transfer_group_index_by_layer
     names: list[list[str]] = [[] for _ in kv_cache_config.transfer_groups]
     layers: list[list[wire.LayerCard]] = [[] for _ in kv_cache_config.transfer_groups]
@@ -133,21 +135,15 @@ def describe(
     for name, tensor in kv_caches.items():
         if name not in group_of:
             continue
-        group = group_of[name]
-        layers[group].append(_layer_card(name, tensor, group, kv_cache_config.num_blocks))
-        names[group].append(name)
+        layers[group_of[name]].append(_layer_card(name, tensor, group_of[name], kv_cache_config.num_blocks))
+        names[group_of[name]].append(name)
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage
     regions = [Region(a, s.nbytes(), kind, device.index or 0, s) for a, s in storages.items()]
     scratch = np.zeros(SCRATCH_BYTES, dtype=np.uint8)
     regions.append(Region(scratch.ctypes.data, SCRATCH_BYTES, MemoryKind.DRAM, 0, scratch))
-    layout = {
-        "interior": interior,
-        "block_bytes": ",".join(str(group[0].block_bytes) if group else "0" for group in layers),
-        "group_layers": ",".join(str(len(group)) for group in layers),
-    }
-    flat = tuple(card for group in layers for card in group)
-    layer_names = tuple(tuple(group) for group in names)
+    flat = tuple(card for cards in layers for card in cards)
+    layer_names = tuple(tuple(group_names) for group_names in names)
     found = geometries(kv_caches, layer_names, kv_cache_config.transfer_groups, interior, shard)
     slots = slots_for(device) if found else None
     if slots is not None:
@@ -156,14 +152,30 @@ def describe(
         kind,
         flat,
         layer_names,
-        layout,
+        _layout(interior, layers),
         scratch,
         tuple(regions),
         found,
-        tuple(storage_bytes(kv_caches[group[0]]) for group in layer_names) if found else (),
+        tuple(storage_bytes(kv_caches[group_names[0]]) for group_names in layer_names) if found else (),
         slots,
         tuple(group.kv_cache_spec.block_size for group in kv_cache_config.transfer_groups),
     )
+
+
+def _check_specs(kv_cache_config: Any) -> None:
+    """Raise ConfigError for states and other caches that are not per token: their shape alone does not tell them."""
+    for index, group in enumerate(kv_cache_config.transfer_groups):
+        for spec in layer_specs(group.kv_cache_spec):
+            refuse_spec(spec, f"KV cache group {index}")
+
+
+def _layout(interior: str, layers: list[list[wire.LayerCard]]) -> dict[str, str]:
+    """What has to be equal for direct mode, as far as this worker sees it. `layers` by transfer group."""
+    return {
+        "interior": interior,
+        "block_bytes": ",".join(str(cards[0].block_bytes) if cards else "0" for cards in layers),
+        "group_layers": ",".join(str(len(cards)) for cards in layers),
+    }
 
 
 def _layer_card(name: str, tensor: Any, group: int, num_blocks: int) -> wire.LayerCard:

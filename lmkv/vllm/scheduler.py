@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from pathlib import Path
+import threading
+import time
 from typing import Any
 
+import msgspec
 import vllm
 
 from lmkv import wire
@@ -19,13 +21,17 @@ from lmkv.hashing import Manifest
 from lmkv.ids import EngineName, make_incarnation
 from lmkv.obs.ledger import LedgerBook
 from lmkv.transfer import events as ev
-from lmkv.weights import default_cache, newest_s, process_start_s, weights_digest
+from lmkv.weights import default_cache
 
+from . import compat
+from .contents import lora_settings
 from .decode import DecodeSide
 from .endpoint import EngineEndpoint
-from .fingerprint import must_match
+from .fingerprint import PRIVATE_HINT, must_match
+from .identity import WeightsName, identify, weight_sources
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
 from .params import is_approximate, request_params
+from .pooled.adapters import Adapters
 from .pooled.shares import shapes
 from .pooled.side import PoolSide
 from .pooled.sources import Sources
@@ -43,18 +49,19 @@ class SchedulerSide:
         self, vllm_config: Any, kv_cache_config: Any, settings: ConnectorSettings, runtime: Runtime = THREADS
     ) -> None:
         parallel = vllm_config.parallel_config
-        if parallel.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not supported by lmkv",
-                hint="use tensor parallelism",
-            )
         self._runtime = runtime
         self._settings = settings
         self._kv_cache_config = kv_cache_config
         self._role = ROLES[vllm_config.kv_transfer_config.kv_role]
         self._incarnation = make_incarnation(runtime.entropy(8))
         self._must = must_match(vllm_config, vllm.__version__)
-        self._model = str(vllm_config.model_config.model)
+        self._sources_of_weights = weight_sources(vllm_config)
+        self._weights = WeightsName(self._incarnation, settings.on_reset)
+        self._naming = threading.Lock()
+        """Held while `_weights` and `_card` change: the weights become known on a thread of their own."""
+        self._card: wire.EngineCard | None = None
+        self._watch: compat.ResetWatch | None = None
+        self._adapters = Adapters(lora_settings(vllm_config), runtime)
         self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
         self._meta = StepMeta()
         self.book = LedgerBook()
@@ -101,59 +108,88 @@ class SchedulerSide:
                 self._kv_cache_config.select_transfer_block_ids,
                 self.book,
                 len(ordered),
+                self._adapters,
                 self._runtime,
             )
             self._sources = Sources(self._decode, self._pool)
             self._endpoint.on_pool(self._hear_pool)
         elif self._settings.pool or self._settings.controller:
             logger.error("this engine does not use the pool: %s", unpooled)
-        cards = tuple(meta.card for meta in ordered)
-        self._runtime.background("lmkv-weights", lambda: self._open(cards, layout))
+        cards, loaded_s = tuple(meta.card for meta in ordered), time.time()
+        self._runtime.background("lmkv-weights", lambda: self._open(cards, layout, loaded_s))
 
-    def _open(self, workers: tuple[wire.WorkerCard, ...], layout: dict[str, str]) -> None:
+    def _open(self, workers: tuple[wire.WorkerCard, ...], layout: dict[str, str], loaded_s: float) -> None:
         """In the background: reads the weights once, then lets the endpoint speak for this engine."""
         started_s = self._runtime.clock()
         try:
-            weights = weights_digest(self._model, default_cache(os.environ))
+            weights = identify(self._sources_of_weights, os.environ, loaded_s, default_cache(os.environ))
         except ConfigError as error:
             logger.error("this engine exchanges no KV: %s", error)
             self._endpoint.refuse_all(str(error))
             return
-        logger.info("weights are %s, known after %.1f s", weights, self._runtime.clock() - started_s)
+        logger.info("weights are identified after %.1f s: %s", self._runtime.clock() - started_s, weights.digest or "-")
         _, port = split_address(self._endpoint.address)
         name = self._settings.name or f"{self._role}-{socket.gethostname()}-{port}"
-        must = self._must | {"weights": weights}
-        card = wire.EngineCard(
-            EngineName(name),
-            self._incarnation,
-            self._endpoint.address,
-            self._role,
-            must,
-            layout,
-            self._block_tokens,
-            workers,
-            convert_dtype=self._settings.convert_dtype,
-        )
-        self._endpoint.start(card, self._settings.peers)
-        if self._pool is not None:
-            self._name_pool(self._pool, card, must)
-        logger.info("engine %r (%s, incarnation %s) listens on %s", name, self._role, self._incarnation, card.address)
+        with self._naming:
+            self._weights.known(weights)
+            self._card = wire.EngineCard(
+                EngineName(name),
+                self._incarnation,
+                self._endpoint.address,
+                self._role,
+                self._must | {"weights": self._weights.value},
+                layout,
+                self._block_tokens,
+                workers,
+                convert_dtype=self._settings.convert_dtype,
+            )
+            self._tell_private()
+            self._endpoint.start(self._card, self._settings.peers, self._weights.private)
+            if self._pool is not None:
+                self._pool.named(self._incarnation, self._manifest(self._card), self._tell_workers)
+        logger.info("engine %r (%s, incarnation %s) listens on %s", name, self._role, self._incarnation, self.address)
 
-    def _name_pool(self, pool: PoolSide, card: wire.EngineCard, must: dict[str, str]) -> None:
-        """KV has a name from now on. Weights that are newer than this process may not be those that it has loaded."""
+    @property
+    def address(self) -> str:
+        return self._endpoint.address
+
+    def _manifest(self, card: wire.EngineCard) -> Manifest:
+        """What this engine's KV is called in the pool."""
         chunk_tokens = self._settings.chunk_tokens
         groups = shapes(card.workers[0].geometries, chunk_tokens)
-        path, epoch = Path(self._model), ""
-        if path.exists() and newest_s(path) >= process_start_s():
-            epoch = self._incarnation
-            logger.warning("the weights in %s have changed since this engine started; its KV is not shared", path)
-        manifest = Manifest(must, chunk_tokens, groups, self._settings.tenant, epoch)
+        return Manifest(card.must, chunk_tokens, groups, self._settings.tenant, self._weights.epoch)
 
-        def tell(description: str) -> None:
-            for worker in card.workers:
-                self._endpoint.tell(worker.address, wire.PoolName(card.incarnation, card.address, description))
+    def _tell_workers(self, description: str) -> None:
+        assert self._card is not None
+        for worker in self._card.workers:
+            self._endpoint.tell(worker.address, wire.PoolName(self._incarnation, self._endpoint.address, description))
 
-        pool.named(self._incarnation, manifest, tell)
+    def _tell_private(self) -> None:
+        if self._weights.private:
+            logger.warning(
+                "this engine's KV is private, no other engine gets or gives any: %s · %s",
+                self._weights.private,
+                PRIVATE_HINT,
+            )
+
+    def _look_for_reset(self) -> None:
+        """vLLM resets its prefix cache, without telling connectors, when weights are replaced (and in benchmarks)."""
+        if self._watch is not None and self._watch.was_reset() and self._settings.on_reset != "external":
+            self._renew()
+
+    def _renew(self) -> None:
+        """The weights may be others from now on: peers and the pool are told another name."""
+        with self._naming:
+            if not self._weights.reset():
+                return
+            self._adapters.forget(self._weights.since_reset)
+            if self._card is None:
+                return  # `_open` has not got that far, and will take the new name
+            self._card = msgspec.structs.replace(self._card, must=self._must | {"weights": self._weights.value})
+            self._endpoint.renew(self._card, self._weights.private)
+            if self._pool is not None:
+                self._pool.renamed(self._manifest(self._card))
+        self._tell_private()
 
     def _hear_pool(self, message: wire.PoolNodes | wire.Parked) -> None:
         if isinstance(message, wire.Parked):
@@ -164,9 +200,11 @@ class SchedulerSide:
     # --- vLLM's hooks ---
 
     def bind_block_pool(self, pool: Any) -> None:
+        self._watch = compat.ResetWatch(pool)
         self._decode.bind_block_pool(pool)
 
     def new_request(self, request: Any) -> None:
+        self._look_for_reset()
         if self._pool is not None:
             self._pool.new_request(request, is_approximate(request.kv_transfer_params))
         params = request_params(request.kv_transfer_params)
@@ -190,6 +228,7 @@ class SchedulerSide:
         self._sources.allocated(request, blocks, external_tokens, self._sides.get(request.request_id) is self._decode)
 
     def build_meta(self, output: Any) -> StepMeta:
+        self._look_for_reset()
         self._prefill.fill(self._meta, output)
         self._decode.fill(self._meta)
         if self._pool is not None:
@@ -224,8 +263,9 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """The external cache is to be reset: perhaps the weights have been replaced."""
-        if self._pool is not None:
-            self._pool.new_epoch()
+        if self._watch is not None:
+            self._watch.was_reset()  # vLLM has reset its own cache just before: that is one reset, not two
+        self._renew()
         return True
 
     @property

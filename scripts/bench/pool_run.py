@@ -182,7 +182,7 @@ class PoolBench:
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {"listen": f"tcp://{kv_host}:{control}", "name": name, "pool": seen},
         }
-        environment |= {"VLLM_SERVER_DEV_MODE": "1"}
+        environment |= {"VLLM_SERVER_DEV_MODE": "1", "LMKV_ON_RESET": "external"}
         spec = EngineSpec(name, self.options.model, ENGINE_CORE, host, port, transfer, environment, namespace)
         node.address = asked
         desk = Desk(node)

@@ -88,6 +88,8 @@ class Engine:
         variables = {
             "LMKV_READY_FILE": str(ready),
             "VLLM_SERVER_DEV_MODE": "1",
+            # Tests empty the prefix cache to see what the pool has: the weights stay what they are.
+            "LMKV_ON_RESET": "external",
             **({"LMKV_CORES": core} if core else {}),
             **(env or {}),
         }

@@ -7,7 +7,8 @@ import pytest
 from lmkv import wire
 from lmkv.errors import CompatError
 from lmkv.ids import EngineName, Incarnation
-from lmkv.vllm.fingerprint import compare, config_digest
+from lmkv.vllm.contents import config_digest
+from lmkv.vllm.fingerprint import compare
 
 
 def engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from lmkv import wire
@@ -141,3 +142,61 @@ def test_news_of_unknown_peers_is_ignored() -> None:
     a, _, _ = pair()
     assert a.introduced(Rank(0), Incarnation("nobody"), "", 0.0) == []
     assert a.introduced(Rank(0), Incarnation("nobody"), "lost", 0.0) == []
+
+
+# --- an engine whose card changes (its weights have another name) ---
+
+
+def renewed(machine: Pairing, net: Net, must: str) -> None:
+    net.do(machine, list(machine.renew(msgspec.structs.replace(machine.card, must={"model": must}))))
+
+
+def test_a_changed_card_ends_the_pair_on_both_sides_and_an_equal_one_brings_it_back() -> None:
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    renewed(a, net, "m+1")
+    for machine, address in ((a, B), (b, A)):
+        state, reason = machine.state(address)
+        assert state is PairState.REFUSED and "'m+1'" in reason
+        assert machine.ready_card(address) is None and machine.ready_peers() == []
+    assert net.dismissed == [], "the workers stay connected, what is in flight ends as it would have"
+    renewed(b, net, "m+1")
+    for machine, address in ((a, B), (b, A)):
+        assert machine.state(address) == (PairState.READY, "")
+        seen = machine.ready_card(address)
+        assert seen is not None and seen.must == {"model": "m+1"}
+
+
+def test_a_changed_card_that_was_not_heard_of_is_told_again() -> None:
+    """The message is lost; the next request for the pair finds out."""
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    a.renew(msgspec.structs.replace(a.card, must={"model": "m+1"}))
+    assert a.state(B)[0] is PairState.REFUSED and b.state(A)[0] is PairState.READY
+    net.do(a, a.want(B, 10.0, (b"router", "t")))
+    assert b.state(A)[0] is PairState.REFUSED
+    assert [answer.refused != "" for answer in net.answers if isinstance(answer, wire.Met)] == [True]
+    b.renew(msgspec.structs.replace(b.card, must={"model": "m+1"}))
+    net.do(a, a.want(B, 20.0, (b"router", "u")))
+    assert a.state(B)[0] is PairState.READY and b.state(A)[0] is PairState.READY
+    assert net.answers[-1] == wire.Met("u", "b", "b1", "")
+
+
+def test_a_card_that_changes_while_the_pair_is_made() -> None:
+    a, b, net = pair()
+    net.deaf = True
+    net.do(a, a.want(B, 0.0, (b"router", "t")))
+    renewed(a, net, "m+1")
+    net.do(b, b.introduced(Rank(0), Incarnation("a1"), "", 1.0))
+    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "", 1.0))
+    assert a.state(B)[0] is PairState.REFUSED and b.state(A)[0] is PairState.REFUSED
+
+
+def test_only_what_must_match_is_taken_from_a_new_card() -> None:
+    """Memory and addresses of an incarnation never change: whoever says so is not it."""
+    a, _, net = pair()
+    net.do(a, a.want(B, 0.0))
+    forged = msgspec.structs.replace(card(B, "b1", ranks=3), layout={"x": "y"})
+    a.hello(forged)
+    seen = a.ready_card(B)
+    assert seen is not None and len(seen.workers) == 1 and seen.layout == {}

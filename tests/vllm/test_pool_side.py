@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -19,6 +20,7 @@ from lmkv.hashing import Chain
 from lmkv.ids import Incarnation, Rank
 from lmkv.obs.ledger import LedgerBook
 from lmkv.pool.node import PoolNode
+from lmkv.vllm.pooled.adapters import Adapters
 from lmkv.vllm.pooled.side import PoolSide
 from lmkv.vllm.specs import LoadReport
 
@@ -56,7 +58,8 @@ class SideBed:
             pool=(node.card.address,), chunk_tokens=CHUNK, **{"lookup_ms": 300.0, "min_pool_tokens": 16, **settings}
         )
         self.book = LedgerBook()
-        self.side = PoolSide(own, (BLOCK,), lambda tables: tables, self.book, 1)
+        self.adapters = Adapters()
+        self.side = PoolSide(own, (BLOCK,), lambda tables: tables, self.book, 1, self.adapters)
         self.told: list[str] = []
         self.bed = bed
         self.side.named(Incarnation("00000000000000cc"), MANIFEST, self.told.append)
@@ -199,7 +202,11 @@ def test_after_a_preemption_the_pool_is_asked_again(bed: SideBed) -> None:
 
 @pytest.mark.parametrize(
     ("more", "why"),
-    [({"pooling_params": object()}, "pooling"), ({"resumable": True}, "resumable")],
+    [
+        ({"pooling_params": object()}, "pooling"),
+        ({"resumable": True}, "resumable"),
+        ({"mm_features": [SimpleNamespace(identifier="the client's own")]}, "mm_uuid"),
+    ],
 )
 def test_requests_without_a_name(bed: SideBed, more: dict[str, Any], why: str) -> None:
     request = make_request("r", 3 * CHUNK, **more)
@@ -223,7 +230,7 @@ def test_salts_images_and_embeddings_are_part_of_the_name(bed: SideBed) -> None:
     plain = make_request("plain", 3 * CHUNK)
     fill(bed, plain, 3)
     place = SimpleNamespace(offset=10, length=20)
-    image = SimpleNamespace(modality="image", identifier="abc", mm_position=place)
+    image = SimpleNamespace(modality="image", identifier="ab" * 32, mm_position=place)
     others = [
         make_request("salt", 3 * CHUNK, cache_salt="x"),
         make_request("image", 3 * CHUNK, mm_features=[image]),
@@ -237,7 +244,7 @@ def test_salts_images_and_embeddings_are_part_of_the_name(bed: SideBed) -> None:
 
 def test_an_adapter_is_named_by_its_content(bed: SideBed, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
-    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), lora_name="judge")
+    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path), lora_name="judge", is_3d_lora_weight=False)
     first = make_request("first", 3 * CHUNK, lora_request=lora)
     bed.side.new_request(first, False)
     assert bed.count("not_pooled:adapter_unknown") == 1
@@ -259,10 +266,10 @@ def test_an_adapter_is_named_by_its_content(bed: SideBed, tmp_path: Path) -> Non
     assert not set(with_adapter.keys) & set(without.keys)
 
 
-def test_a_reset_begins_an_epoch(bed: SideBed) -> None:
+def test_another_name_begins_with_new_requests(bed: SideBed) -> None:
     running = make_request("running", 4 * CHUNK)
     bed.side.new_request(running, False)
-    bed.side.new_epoch()
+    bed.side.renamed(dataclasses.replace(MANIFEST, epoch="1"))
     assert len(bed.told) == 2 and bed.told[0] != bed.told[1]
     assert not bed.step(running, 0, 4 * CHUNK).stores, "computed with the old weights, in part"
     fresh = make_request("fresh", 4 * CHUNK)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
+
+import torch
 
 from lmkv.hashing import Extra
 
 from .adapters import Adapters
+
+_CONTENT_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}|[0-9a-f]{128})", re.DOTALL)
+"""vLLM's identifiers of images, video and audio: hashes of their content (after an adapter's name, where the encoder
+has adapters). Clients may give identifiers of their own instead, which two of them may use for different content."""
 
 
 def exclusion(request: Any, approximate: bool) -> str:
@@ -20,12 +27,18 @@ def exclusion(request: Any, approximate: bool) -> str:
         return "no_tokens"
     if getattr(request, "resumable", False):
         return "resumable"
+    if any(not _CONTENT_HASH.fullmatch(feature.identifier) for feature in request.mm_features or ()):
+        return "mm_uuid"
     return ""
 
 
 def request_extras(request: Any, adapters: Adapters) -> tuple[Extra, ...] | None:
-    """None: something that its KV depends on is not known (yet)."""
-    extras = []
+    """All that the KV of a request depends on besides its token ids, its salt and the engine's fingerprint: adapter,
+    images with their places, embeddings, and whether the engine has been reset.
+
+    Equal extras on two engines mean equal KV for equal tokens. None: one of them is not known (yet). Engine thread.
+    """
+    extras = [Extra(0, 0, b"reset:" + adapters.since_reset)] if adapters.since_reset else []
     if request.lora_request is not None:
         content = adapters.content(request.lora_request)
         if content is None:
@@ -36,7 +49,16 @@ def request_extras(request: Any, adapters: Adapters) -> tuple[Extra, ...] | None
         content = f"mm:{feature.modality}:{feature.identifier}".encode()
         extras.append(Extra(place.offset, place.offset + place.length, content))
     if request.prompt_embeds is not None:
-        embeds = request.prompt_embeds.detach().cpu().contiguous()
-        digest = hashlib.blake2b(embeds.view(-1).numpy().tobytes(), digest_size=16).digest()
-        extras.append(Extra(0, 0, b"embeds:" + digest))
+        extras.append(Extra(0, 0, b"embeds:" + _embeds_digest(request)))
     return tuple(extras)
+
+
+def _embeds_digest(request: Any) -> bytes:
+    """16 bytes over the prompt's embeddings ([tokens, hidden], any dtype), and over which tokens they stand for."""
+    embeds, mask = request.prompt_embeds, request.prompt_is_token_ids
+    state = hashlib.blake2b(f"{embeds.dtype}:{tuple(embeds.shape)}:".encode(), digest_size=16)
+    # Raw bytes, because numpy has no bfloat16.
+    state.update(embeds.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    if mask is not None:
+        state.update(bytes(mask))
+    return state.digest()

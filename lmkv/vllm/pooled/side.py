@@ -60,7 +60,7 @@ class _Pooled:
 
 
 class PoolSide:
-    """`world`: ranks. `select` picks the transfer groups out of a block table."""
+    """`world`: ranks. `select` picks the transfer groups out of a block table. `adapters` is the engine's."""
 
     def __init__(
         self,
@@ -69,6 +69,7 @@ class PoolSide:
         select: Callable[[Any], tuple[list[int], ...]],
         book: LedgerBook,
         world: int,
+        adapters: Adapters,
         runtime: Runtime = THREADS,
     ) -> None:
         self._runtime = runtime
@@ -78,12 +79,9 @@ class PoolSide:
         self._book = book
         self._world = world
         self._tell_name: Callable[[str], None] = lambda description: None
-        self._manifest: Manifest | None = None
         self._namespace = b""
-        self._epoch = 0
-        self._incarnation = Incarnation("")
         self._lookups = Lookups(settings, len(block_tokens), settings.name or "engine", runtime)
-        self._adapters = Adapters(runtime)
+        self._adapters = adapters
         self._costs = Costs()
         self._requests: dict[RequestId, _Pooled] = {}
         self._ended: list[RequestId] = []
@@ -99,34 +97,24 @@ class PoolSide:
     def named(self, incarnation: Incarnation, manifest: Manifest, tell: Callable[[str], None]) -> None:
         """From another thread, once the weights are known: from now on requests have names. `tell` gives the workers
         the description of the namespace."""
-        self._incarnation = incarnation
         self._tell_name = tell
         self._lookups.start(incarnation)
         self._rename(manifest)
 
     def _rename(self, manifest: Manifest) -> None:
-        self._manifest, description = manifest, manifest.description()
-        namespace = manifest.namespace()
+        namespace, description = manifest.namespace(), manifest.description()
         self._lookups.declare(namespace, description)
         self._tell_name(description)
         self._namespace = namespace
         logger.info("KV of this engine is namespace %s in the pool: %s", namespace.hex(), description)
 
-    def new_epoch(self) -> None:
-        """The weights may be others than those on disk: what is computed from now on is this engine's alone."""
-        if self._manifest is None:
-            return
-        if self._settings.on_reset == "keep":
-            return
-        self._epoch += 1
-        old = self._manifest
-        epoch = f"{self._incarnation}-{self._epoch}"
-        self._rename(Manifest(old.must, old.chunk_tokens, old.groups, old.tenant, epoch, old.page_version))
+    def renamed(self, manifest: Manifest) -> None:
+        """After `named`: the weights may be others. What is computed from now on has this name; what is under way was
+        computed with both, and gets none."""
+        self._rename(manifest)
         for pooled in self._requests.values():
             self._let_go(pooled)
             pooled.decided, pooled.storable = True, False
-        self._adapters.forget()
-        logger.warning("the cache was reset: KV computed from now on is not shared with other engines")
 
     def nodes(self, message: wire.PoolNodes) -> None:
         """From the endpoint's thread: a rank tells which nodes it can load from."""
