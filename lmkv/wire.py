@@ -17,7 +17,7 @@ from .errors import WireError
 from .ids import EngineName, Epoch, Incarnation, Rank, TransferId
 from .layout import Geometry
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -191,6 +191,8 @@ class Grant(_Message, frozen=True, tag=True):
     landing: bool = False
     """Landing mode: `first_block` and `block_ids` count prefill's blocks, an id other than 0 only says "wanted"; slots
     to write into come with Credit from decode's ranks."""
+    prompt_digest: bytes = b""
+    """Decode's prompt (lmkv.vllm.prompt), 16 bytes. Nothing is written unless it equals prefill's; b"" never does."""
 
 
 class Credit(_Message, frozen=True, tag=True):

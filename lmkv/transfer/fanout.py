@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lmkv.ids import Rank, RequestId, TransferId
 
-from .events import Computed, Offer, Preempted, PromptDone, Rect, SenderEvent, Withdraw
+from .events import Computed, Offer, Preempted, Prompt, PromptDone, Rect, SenderEvent, Withdraw
 
 
 @dataclass(slots=True)
@@ -21,6 +21,8 @@ class Fan:
 
     transfer_id: TransferId
     request_id: RequestId | None = None
+    prompt: Prompt | None = None
+    """With `request_id`: what was offered."""
     computed: list[Rect] = field(default_factory=list)
     done: bool = False
     lanes: dict[Rank, TransferId] = field(default_factory=dict)
@@ -51,15 +53,15 @@ class Fan:
             self.lanes[rank] = lane
             if first:
                 continue  # it has been there from the start
-            if self.request_id is not None:
-                events.append(Offer(lane, self.request_id))
+            if self.request_id is not None and self.prompt is not None:
+                events.append(Offer(lane, self.request_id, self.prompt))
                 events += [Computed(lane, rect) for rect in self.computed]
                 events += [PromptDone(lane)] if self.done else []
         return events
 
-    def offer(self, request_id: RequestId) -> list[SenderEvent]:
-        self.request_id = request_id
-        return [Offer(lane, request_id) for lane in self.ids]
+    def offer(self, request_id: RequestId, prompt: Prompt) -> list[SenderEvent]:
+        self.request_id, self.prompt = request_id, prompt
+        return [Offer(lane, request_id, prompt) for lane in self.ids]
 
     def compute(self, rect: Rect) -> list[SenderEvent]:
         self.computed.append(rect)

@@ -10,7 +10,7 @@ from math import inf
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, RequestId, TransferId
 
-from .events import Credited, Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
+from .events import Credited, Granted, Peer, PostWrite, Prompt, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
 from .rects import Coverage, cells_of, split_rect
 
 
@@ -107,6 +107,8 @@ class Outgoing:
     born_s: float
     phase: Phase = Phase.EARLY
     request_id: RequestId | None = None
+    prompt: Prompt | None = None
+    """The offer's; None until it comes."""
     life: int = 0
     """Counts preemptions: a write of an older life cannot be retried."""
     computed: Coverage = field(default_factory=Coverage)
@@ -152,6 +154,13 @@ class Outgoing:
         self.taken.remove(rect)
         if slot >= 0:
             self.slots.append(slot)
+
+    def foreign(self) -> str:
+        """Why the grant is not for the prompt that was offered; "" when it is, or while one of the two is missing.
+
+        Nothing is posted before both are there: what is computed counts only once it is offered.
+        """
+        return self.prompt.differs(self.grant.prompt) if self.prompt is not None and self.grant is not None else ""
 
     def takes(self, event: Credited) -> bool:
         """The slots are for the grant that is being served."""

@@ -16,6 +16,7 @@ from math import inf
 from lmkv.ids import Epoch, TransferId
 
 from .events import (
+    PROMPT_FAULT,
     Abandon,
     CancelledCame,
     Drained,
@@ -164,7 +165,10 @@ class Receiver:
             case Sealed():
                 self._sealed(grant, writer, event, now_s)
             case FailedCame():
-                self._answered(grant, writer, f"rank {writer.peer.rank} failed: {event.reason}", now_s)
+                why = event.reason
+                if not why.startswith(PROMPT_FAULT):
+                    why = f"rank {writer.peer.rank} failed: {why}"
+                self._answered(grant, writer, why, now_s)
             case CancelledCame():
                 self._answered(grant, writer, f"rank {writer.peer.rank} says it was cancelled", now_s)
 

@@ -28,6 +28,7 @@ from .endpoint import EngineEndpoint
 from .fingerprint import must_match
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
 from .params import is_approximate, request_params
+from .pooled.adapters import Adapters
 from .pooled.shares import shapes
 from .pooled.side import PoolSide
 from .pooled.sources import Sources
@@ -60,7 +61,8 @@ class SchedulerSide:
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox(self._context)
-        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book)
+        self._adapters = Adapters()
+        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book, self._adapters)
         self._decode = DecodeSide(
             settings,
             self._incarnation,
@@ -70,6 +72,7 @@ class SchedulerSide:
             self._outbox,
             self.book,
             parallel.tensor_parallel_size,
+            self._adapters,
         )
         self._sides: dict[str, PrefillSide | DecodeSide] = {}
         self._pool: PoolSide | None = None
@@ -99,6 +102,7 @@ class SchedulerSide:
                 self._kv_cache_config.select_transfer_block_ids,
                 self.book,
                 len(ordered),
+                self._adapters,
             )
             self._sources = Sources(self._decode, self._pool)
             self._endpoint.on_pool(self._hear_pool)
@@ -222,6 +226,7 @@ class SchedulerSide:
 
     def reset_cache(self) -> bool:
         """The external cache is to be reset: perhaps the weights have been replaced."""
+        self._adapters.forget()
         if self._pool is not None:
             self._pool.new_epoch()
         return True

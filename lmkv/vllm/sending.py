@@ -93,7 +93,7 @@ class Sending:
         for offer in offers:
             source = self._source(offer.transfer_id)
             source.trace.offered_s = now_s
-            self._tell(source.fan.offer(offer.request_id), now_s)
+            self._tell(source.fan.offer(offer.request_id, offer.prompt), now_s)
 
     def ready(self, command: Ready, now_s: float) -> None:
         for push in command.pushes:
@@ -155,10 +155,11 @@ class Sending:
             return
         self._tell(source.fan.open(ranks), now_s)
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
+        prompt = ev.Prompt(grant.prompt_digest, grant.prompt_tokens)
         for rank in ranks:
             peer, lane = ev.Peer(grant.incarnation, rank), source.fan.lane(rank)
             slot_bytes = met[0].workers[rank].slot_bytes if met and grant.landing else 0
-            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, slot_bytes), now_s)
+            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, prompt, slot_bytes), now_s)
             if self._forget_if_closed(grant.transfer_id):  # late: it was answered from the tombstone
                 self._fail_other(grant, ranks[1:])
                 return

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
+from lmkv.transfer.events import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Push:
 class OfferSpec:
     transfer_id: TransferId
     request_id: RequestId
+    prompt: Prompt
     report: bool = True
     """The scheduler waits for finished_sending of this request."""
 

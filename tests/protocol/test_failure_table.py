@@ -9,6 +9,7 @@ import pytest
 from lmkv.ids import Epoch, Incarnation, Rank, TransferId
 from lmkv.transfer import events as ev
 
+from .driving import P
 from .things import DECODE, LAYERS, plan, prefill_peer
 from .world import World
 
@@ -76,6 +77,37 @@ def test_nothing_goes_wrong() -> None:
     land_all(world)
     deliver_all(world)
     assert report(world).outcome == "loaded" and outcomes(world) == ("sent", "sent")
+    settle(world)
+
+
+OTHER_PROMPTS = {
+    "digest": ev.Prompt(b"q" * 16, P.tokens),
+    "length": ev.Prompt(P.digest, P.tokens + 1),
+    "unknown": ev.Prompt(b"", P.tokens),
+}
+
+
+@pytest.mark.parametrize("other", OTHER_PROMPTS.values(), ids=OTHER_PROMPTS)
+@pytest.mark.parametrize("grant_first", [False, True])
+def test_the_engines_tokenized_it_differently(other: ev.Prompt, grant_first: bool) -> None:
+    world = World(2)
+    world.prompts[T] = other
+    if grant_first:
+        world.expect(world.grant(T, 1))
+        deliver_all(world)
+    for rank in (0, 1):
+        world.offer(rank, T)
+        for _ in range(3):
+            world.compute(rank, T)
+    if not grant_first:
+        world.expect(world.grant(T, 1))
+        deliver_all(world)
+    finish(world)
+    assert not world.flights, "nothing of another prompt is ever posted"
+    deliver_all(world)
+    assert outcomes(world) == ("failed", "failed")
+    assert (report(world).outcome, report(world).drained) == ("failed", True)
+    assert report(world).reason.startswith(ev.PROMPT_FAULT)
     settle(world)
 
 

@@ -12,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lmkv.ids import TransferId
 from lmkv.transfer import events as ev
+from lmkv.transfer.events import Prompt
 
+from .driving import P
 from .things import DECODE, PROMPT, Flight, prefill_peer
 from .world import World
 
@@ -38,6 +40,9 @@ FAULTS = st.sampled_from(
         "heal",
     ]
 )
+PROMPTS = st.sampled_from(
+    [P] * 6 + [Prompt(b"q" * 16, P.tokens), Prompt(P.digest, P.tokens + 1), Prompt(b"", P.tokens)]
+)
 Blocks = tuple[tuple[int, int], ...]
 
 
@@ -52,8 +57,15 @@ class Hostile(RuleBasedStateMachine):
         self.world = World(self.ranks)
         self.epochs = dict.fromkeys(TIDS, 0)
 
-    @initialize(offers=st.lists(st.booleans(), min_size=4, max_size=4), granted=st.booleans(), blocks=GRANTS)
-    def begin(self, offers: list[bool], granted: bool, blocks: Blocks) -> None:
+    @initialize(
+        offers=st.lists(st.booleans(), min_size=4, max_size=4),
+        granted=st.booleans(),
+        blocks=GRANTS,
+        prompts=st.tuples(PROMPTS, PROMPTS),
+    )
+    def begin(self, offers: list[bool], granted: bool, blocks: Blocks, prompts: tuple[Prompt, Prompt]) -> None:
+        if self.faults:
+            self.world.prompts = {tid: prompt for tid, prompt in zip(TIDS, prompts, strict=True) if prompt != P}
         for tid, offered in zip(TIDS * 2, offers, strict=True):
             if offered:
                 self.offer(tid, offers.index(offered))

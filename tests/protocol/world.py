@@ -12,6 +12,7 @@ from lmkv.transfer.receiver import Receiver, ReceiverLimits
 from lmkv.transfer.rects import cells_of
 from lmkv.transfer.sender import SenderLimits
 
+from .driving import P
 from .things import (
     CELL_BYTES,
     DECODE,
@@ -48,6 +49,8 @@ class World:
         """Ranks that do not get what decode sends on the control plane."""
         self.deaf_to_prefill: set[int] = set()
         """Ranks whose control messages do not get to decode."""
+        self.prompts: dict[TransferId, ev.Prompt] = {}
+        """What prefill takes for the prompt, where that is not decode's."""
         self.log: list[tuple[float, str, object]] = []
 
     # --- feeding the machines -----------------------------------------------------------------------------------------
@@ -97,6 +100,7 @@ class World:
         job, region = side.jobs[tid], self.regions[tid, post.epoch]
         size = self.limits.rect_bytes(rect)
         assert post.peer == DECODE
+        assert tid not in self.prompts, "posted KV of another prompt"
         assert self.now - side.heard_s < self.limits.lease_s, "posted when the lease was over"
         assert post.epoch == side.newest[tid], "posted for an old epoch"
         assert post.epoch > side.promised.get(tid, -1), "posted after promising that nothing would land"
@@ -179,12 +183,12 @@ class World:
         if report.outcome is ev.ReceiveOutcome.LOADED:
             for rank in range(len(self.prefill)):
                 for cell in (cell for rect in region.rects for cell in cells(rect)):
-                    have, right = region.memory.get((rank, cell)), self.right(rank, region.tid, cell)
+                    have, right = region.memory.get((rank, cell)), f"kv/{rank}/{region.tid}/{cell}"
                     assert have == right, f"loaded, but {cell} of rank {rank} holds {have}"
 
-    @staticmethod
-    def right(rank: int, tid: TransferId, cell: Cell) -> str:
-        return f"kv/{rank}/{tid}/{cell}"
+    def right(self, rank: int, tid: TransferId, cell: Cell) -> str:
+        """What prefill computes for a cell: another prompt gives other KV, which decode must never see."""
+        return f"{'other prompt' if tid in self.prompts else 'kv'}/{rank}/{tid}/{cell}"
 
     # --- the data plane -----------------------------------------------------------------------------------------------
 
@@ -244,7 +248,7 @@ class World:
     def offer(self, rank: int, tid: TransferId) -> None:
         job = self.prefill[rank].jobs.setdefault(tid, Job(tid))
         job.offered = True
-        self.to_sender(rank, ev.Offer(tid, RequestId(f"p-{tid}")))
+        self.to_sender(rank, ev.Offer(tid, RequestId(f"p-{tid}"), self.prompts.get(tid, P)))
 
     def compute(self, rank: int, tid: TransferId) -> None:
         """The next rectangle, or PromptDone after the last."""
@@ -277,7 +281,7 @@ class World:
         for side in self.prefill:
             side.jobs.setdefault(tid, Job(tid))
             if side.rank not in self.deaf_to_decode:
-                self.net.append(Message(side.rank, ev.Granted(DECODE, tid, Epoch(epoch), blocks), self.now, True))
+                self.net.append(Message(side.rank, ev.Granted(DECODE, tid, Epoch(epoch), blocks, P), self.now, True))
         return region
 
     def expect(self, region: Region) -> None:

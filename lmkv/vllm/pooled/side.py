@@ -69,6 +69,7 @@ class PoolSide:
         select: Callable[[Any], tuple[list[int], ...]],
         book: LedgerBook,
         world: int,
+        adapters: Adapters | None = None,
     ) -> None:
         self._settings = settings
         self._block_tokens = block_tokens
@@ -81,7 +82,7 @@ class PoolSide:
         self._epoch = 0
         self._incarnation = Incarnation("")
         self._lookups = Lookups(settings, len(block_tokens), settings.name or "engine")
-        self._adapters = Adapters()
+        self._adapters = adapters or Adapters()
         self._costs = Costs()
         self._requests: dict[RequestId, _Pooled] = {}
         self._ended: list[RequestId] = []
