@@ -58,6 +58,10 @@ class WorkerCard(_Message, frozen=True):
     slots: int = 0
     slot_bytes: int = 0
     """Landing mode: slot i is `slot_bytes` at `slots_address + i * slot_bytes`, of the same memory kind."""
+    checked_ppm: int = 1_000_000
+    """As a receiver: so many writes of a million must carry a checksum (lmkv.vllm.checking)."""
+    checksum: str = "xxh3-64"
+    """The function that this rank can compute over its caches; "": none."""
 
 
 class EngineCard(_Message, frozen=True):
@@ -293,8 +297,8 @@ Control = (
 class WriteNote(_Message, frozen=True, tag="w"):
     """Came with a write: layers [layer_lo, layer_hi) of blocks [block_lo, block_hi) of `group` have landed.
 
-    Block indices count from the start of the request. `checksum` is xxh3-64 over the bytes of the write in the order
-    layer, block; 0 when the writer does not checksum (device memory).
+    Block indices count from the start of the request. `checksum` is made before posting over the bytes of the write in
+    the order layer, block; None where the receiver's card demands none for this write.
     """
 
     transfer_id: TransferId
@@ -307,7 +311,7 @@ class WriteNote(_Message, frozen=True, tag="w"):
     block_lo: int
     block_hi: int
     payload_bytes: int
-    checksum: int
+    checksum: int | None
     slot: int = -1
     """Landing mode: the slot that holds the bytes."""
 

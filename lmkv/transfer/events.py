@@ -115,6 +115,17 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Revoke:
+    """The request's blocks are being overwritten though writes may be in flight: the transfer fails for good.
+
+    The shell tells it before any WriteDone that it has not seen before the overwriting began.
+    """
+
+    transfer_id: TransferId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Preempted:
     """The engine takes the request's blocks away and will compute it again (Computed and PromptDone come again).
 
@@ -138,6 +149,9 @@ class Granted:
     blocks: tuple[tuple[int, int], ...]
     prompt: Prompt
     slot_bytes: int = 0
+    all_checked: bool = True
+    """The receiver verifies a checksum of every write. Otherwise what is in flight must not count: the seal waits until
+    every write is done, and a transfer that is revoked before has no seal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +208,8 @@ class PostWrite:
     rect: Rect
     slot: int = -1
     """Where it lands in landing mode; -1: in the granted blocks."""
+    attempt: int = 0
+    """1: the rectangle's first write has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +284,7 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A WriteNote arrived and its checksum is right (`valid`) or wrong."""
+    """A WriteNote arrived. `fault`: what is wrong with the bytes ("is corrupt"), or ""."""
 
     peer: Peer
     transfer_id: TransferId
@@ -276,7 +292,7 @@ class Landed:
     seq: int
     rect: Rect
     payload_bytes: int
-    valid: bool = True
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +371,7 @@ SenderEvent = (
     | Computed
     | PromptDone
     | Withdraw
+    | Revoke
     | Preempted
     | Granted
     | Credited

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lmkv.ids import Rank, RequestId, TransferId
 
-from .events import Computed, Offer, Preempted, Prompt, PromptDone, Rect, SenderEvent, Withdraw
+from .events import Computed, Offer, Preempted, Prompt, PromptDone, Rect, Revoke, SenderEvent, Withdraw
 
 
 @dataclass(slots=True)
@@ -28,6 +28,8 @@ class Fan:
     lanes: dict[Rank, TransferId] = field(default_factory=dict)
     """Decode rank → lane. Empty until the first grant: then the transfer's own id is the only lane."""
     ended: set[TransferId] = field(default_factory=set)
+    stopped: str = ""
+    """Why nothing of it is sent any more (withdrawn, revoked)."""
 
     @property
     def ids(self) -> list[TransferId]:
@@ -55,6 +57,9 @@ class Fan:
                 continue  # it has been there from the start
             if self.request_id is not None and self.prompt is not None:
                 events.append(Offer(lane, self.request_id, self.prompt))
+                if self.stopped:
+                    events.append(Withdraw(lane, self.stopped))
+                    continue
                 events += [Computed(lane, rect) for rect in self.computed]
                 events += [PromptDone(lane)] if self.done else []
         return events
@@ -76,7 +81,12 @@ class Fan:
         self.done = False
         return [Preempted(lane) for lane in self.ids]
 
+    def revoke(self, reason: str) -> list[SenderEvent]:
+        self.stopped = reason
+        return [Revoke(lane, reason) for lane in self.ids]
+
     def withdraw(self, reason: str) -> list[SenderEvent]:
+        self.stopped = reason
         return [Withdraw(lane, reason) for lane in self.ids]
 
 

@@ -18,8 +18,8 @@ from .rects import Coverage, cells_of, split_rect
 class SenderLimits:
     """`layer_block_bytes[g]` is one block of one layer of group g, `layers[g]` the layers of group g on this rank.
 
-    Without checksums (device memory) keep `lease_s + hold_s` above the receiver's `deadline_s`: after PEER_LOST the
-    source of a write that is still in flight may be overwritten, and only a receiver that has given up is safe then.
+    After PEER_LOST the source of a write that is still in flight may be overwritten. It never counts: its checksum is
+    wrong, or its transfer is not sealed (`Granted.all_checked`).
     """
 
     layer_block_bytes: tuple[int, ...]
@@ -177,7 +177,7 @@ class Outgoing:
         if attempt == 0:
             self.writes += 1
             self.bytes += size
-        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect, slot)
+        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect, slot, attempt)
 
     def verdict(self, limits: SenderLimits) -> str | None:
         """None: not everything is announced or posted yet. "": all granted cells are posted. Else why never."""
@@ -187,6 +187,11 @@ class Outgoing:
         if self.taken.cells != granted:
             return f"incomplete: {self.taken.cells} of {granted} granted cells were computed"
         return None if self.queued else ""
+
+    @property
+    def may_seal(self) -> bool:
+        """Nothing is in flight that would count without having been seen to complete."""
+        return self.grant is not None and (self.grant.all_checked or not self.flights)
 
     def seal(self) -> SendSeal:
         """Says what the receiver has to count; a retry after it changes nothing in it."""

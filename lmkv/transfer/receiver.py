@@ -194,9 +194,9 @@ class Receiver:
             self.counters.late_writes += 1
             self.counters.writes_after_cancelled += writer.answered
             return
-        if not event.valid:
+        if event.fault:
             self.counters.checksum_failures += 1
-            why = f"checksum: {event.rect} of rank {writer.peer.rank} is corrupt"
+            why = f"checksum: {event.rect} of rank {writer.peer.rank} {event.fault}"
         else:
             why = writer.land(event.rect, event.payload_bytes, grant.expected)
         if why:

@@ -6,6 +6,7 @@ Invariants (tests/protocol checks each):
 * exactly one Finished per Offer; every tid is OVER in bounded time after PromptDone or Withdraw;
 * a cell is posted at most once an epoch, but for the one retry of a failed write, which is the same rectangle;
 * nothing is posted when the lease is over, the window is full, the epoch is old, or the transfer is ending;
+* without checksums of all writes, a seal is sent only once they are done, and never after a Revoke;
 * SendCancelled and SendFailed are true when they are sent: nothing of that epoch or an older one is in flight;
 * a record with writes in flight is never forgotten, so an unknown tid has none and its Cancel is answered at once.
 """
@@ -90,6 +91,8 @@ class Sender:
             case ev.Withdraw(tid, reason):
                 if transfer := self._live(tid):
                     self._end(transfer, ev.SendOutcome.WITHDRAWN, reason, now_s)
+            case ev.Revoke(tid, reason):
+                self._revoke(tid, reason, now_s)
             case ev.Preempted(tid):
                 self._preempted(tid, now_s)
             case ev.NotNeededCame(tid, reason):
@@ -147,6 +150,14 @@ class Sender:
             transfer.give_back(item.rect, item.slot)
         if any(item.attempt for item in dropped):
             self._end(transfer, ev.SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
+
+    def _revoke(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
+        """What is in flight may carry other bytes. A seal that has overtaken it counts only what has a checksum."""
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.phase is Phase.OVER:
+            self.counters.stray += 1
+        elif transfer.phase < Phase.ENDING or transfer.outcome is ev.SendOutcome.SENT:
+            self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
 
     # --- the peer's events ---
 
@@ -300,7 +311,7 @@ class Sender:
         verdict = transfer.verdict(self.limits)
         if verdict:
             self._end(transfer, ev.SendOutcome.FAILED, verdict, now_s)
-        elif verdict == "":
+        elif verdict == "" and transfer.may_seal:
             self._out += [] if transfer.sealed else [transfer.seal()]
             if not transfer.flights:
                 transfer.phase, transfer.outcome = Phase.ENDING, ev.SendOutcome.SENT

@@ -19,6 +19,7 @@ from lmkv.transfer.plan import runs_for
 from lmkv.transfer.receiver import Receiver
 
 from . import dump, memory
+from .checking import Verifier, checksums_for, demanded_ppm
 from .landing import LandingSlots
 from .peers import Peers
 from .specs import ExpectSpec, RankReport
@@ -46,7 +47,9 @@ class Receiving:
         self._peers = peers
         self._outbox = outbox
         self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
-        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype)
+        checksums = checksums_for(found)
+        self._verifier = Verifier(demanded_ppm(settings, found, checksums), checksums)
+        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
         self._landed: set[TransferId] = set()
         """Failed in landing mode and not drained: the engine does not wait for that."""
         self._specs: dict[TransferId, ExpectSpec] = {}
@@ -109,25 +112,24 @@ class Receiving:
             trace.writes += 1
             trace.bytes += note.payload_bytes
         rect = ev.Rect(note.group, note.layer_lo, note.layer_hi, note.block_lo, note.block_hi)
-        valid = self._taken_out(peer, note, rect) if note.slot >= 0 else self._verify(note, rect)
-        self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, valid), now_s)
+        fault = self._taken_out(peer, note, rect) if note.slot >= 0 else self._verify(note, rect)
+        if fault:
+            logger.error("write %d of %s from rank %d of %s %s", note.seq, tid, note.rank, peer.incarnation, fault)
+        self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, fault), now_s)
 
-    def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> bool:
-        """Landing mode: checked and converted into our blocks, as long as they are wanted."""
+    def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> str:
+        """Landing mode: checked and converted into our blocks, as long as they are wanted. Returns the fault."""
         spec = self._specs.get(note.transfer_id)
         if spec is None or note.epoch != spec.epoch or peer not in self._machine.awaited(note.transfer_id, note.epoch):
-            return True  # late or strange: the machine counts it, and the slot comes back with the transfer's end
+            return ""  # late or strange: the machine counts it, and the slot comes back with the transfer's end
         trace, start_s = self._traces[note.transfer_id], time.monotonic()
-        if not self._landing.is_right(peer, note, rect):
-            logger.error("what landed of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
-            return False
+        if fault := self._landing.fault(peer, note, rect):
+            return fault
         checked_s = time.monotonic()
         trace.checksum_s += checked_s - start_s
         error = self._landing.take_out(peer, note, rect)
         trace.convert_s += time.monotonic() - checked_s
-        if error:
-            logger.error("%s of %s cannot be converted: %s", rect, note.transfer_id, error)
-        return not error
+        return f"cannot be converted: {error}" if error else ""
 
     def _hold_early(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote) -> None:
         notes = self._early.setdefault(note.transfer_id, [])
@@ -137,25 +139,23 @@ class Receiving:
             tid, _ = self._early.popitem(last=False)
             logger.warning("early notes of %s dropped: too many transfers that nobody expects", tid)
 
-    def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> bool:
-        """The checksum is right, or there is none to compare, or the machine will refuse the note anyway."""
+    def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> str:
+        """What is wrong with the bytes; "" also for a note that the machine will refuse anyway."""
         spec = self._specs.get(note.transfer_id)
-        if spec is None or not note.checksum or not self._settings.checksum or note.epoch != spec.epoch:
-            return True
+        if spec is None or note.epoch != spec.epoch:
+            return ""
         blocks = spec.blocks[rect.group] if 0 <= rect.group < len(spec.blocks) else None
         if blocks is None or rect.block_lo < blocks.lo or rect.block_hi > blocks.hi:
-            return True
+            return ""
         ids = blocks.ids[rect.block_lo - blocks.lo : rect.block_hi - blocks.lo]
         start_s = time.monotonic()
         try:
-            right = memory.checksum(runs_for(self._map, rect, ids)) == note.checksum
+            fault = self._verifier.fault(note, runs_for(self._map, rect, ids))
         except TransferError as error:
             logger.warning("note of %s: %s", note.transfer_id, error)
-            return True
+            return ""
         self._traces[note.transfer_id].checksum_s += time.monotonic() - start_s
-        if not right:
-            logger.error("checksum of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
-        return right
+        return fault
 
     def answer_came(self, message: wire.Cancelled | wire.Failed, now_s: float) -> None:
         peer = ev.Peer(message.incarnation, message.rank)

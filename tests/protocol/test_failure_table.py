@@ -8,6 +8,7 @@ import pytest
 
 from lmkv.ids import Epoch, Incarnation, Rank, TransferId
 from lmkv.transfer import events as ev
+from lmkv.transfer.receiver import ReceiverLimits
 
 from .driving import P
 from .things import DECODE, LAYERS, plan, prefill_peer
@@ -196,6 +197,70 @@ def test_preempted_before_the_grant_only_computed_cells_are_sent() -> None:
     land_all(world)
     deliver_all(world)
     assert report(world).outcome == "loaded"
+    settle(world)
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_preemption_cannot_wait_any_longer(checked: bool) -> None:
+    """The fence timed out: blocks are overwritten under writes in flight, which land late and never count."""
+    world = World(1, checked=checked)
+    world.expect(world.grant(T, 1))
+    deliver_all(world)
+    world.offer(0, T)
+    world.compute(0, T)
+    while not world.prefill[0].jobs[T].told_end:
+        if len(world.flights) > 1:
+            world.flights[-1].done = ""
+            world.land(world.flights[-1])
+            world.deliver_done(world.flights[-1])
+        world.compute(0, T)
+    assert len(world.flights) >= 1, "the first write is stuck"
+    world.revoke(0, T)
+    land_all(world)
+    deliver_all(world)
+    assert outcomes(world) == ("failed",)
+    assert report(world).outcome == "failed"
+    settle(world)
+
+
+def test_unchecked_writes_are_sealed_when_they_are_done() -> None:
+    world = World(1, checked=False)
+    world.expect(world.grant(T, 1))
+    deliver_all(world)
+    world.offer(0, T)
+    for _ in range(len(plan()) + 1):
+        world.compute(0, T)
+        for flight in list(world.flights)[1:]:
+            world.land(flight)
+            flight.done = ""
+            world.deliver_done(flight)
+    assert len(world.flights) == 1 and not any(isinstance(m.event, ev.Sealed) for m in world.net)
+    land_all(world)
+    assert any(isinstance(m.event, ev.Sealed) for m in world.net)
+    deliver_all(world)
+    assert report(world).outcome == "loaded" and outcomes(world) == ("sent",)
+    settle(world)
+
+
+def test_an_unchecked_write_that_outlives_its_transfer_never_counts() -> None:
+    """Prefill gives up a silent decode and frees the blocks; the write lands later, with other bytes."""
+    world = World(1, receiver=ReceiverLimits(deadline_s=1000, lease_s=900), checked=False)
+    world.expect(world.grant(T, 1))
+    deliver_all(world)
+    world.offer(0, T)
+    for _ in range(len(plan()) + 1):
+        world.compute(0, T)
+        for flight in list(world.flights)[1:]:
+            world.land(flight)
+            flight.done = ""
+            world.deliver_done(flight)
+    world.deaf_to_decode.add(0)
+    world.advance(60.0)
+    assert outcomes(world) == ("peer_lost",), "its blocks hold other KV now"
+    land_all(world)
+    deliver_all(world)
+    world.deaf_to_decode.clear()
+    assert world.regions[T, E1].report is None or report(world).outcome == "failed"
     settle(world)
 
 

@@ -94,7 +94,8 @@ class Storm:
             assert self.memory[post.slot] == (tid, post.rect), "overwritten before it was taken out"
             self.loaded[tid] |= set(self.cells(post.rect))
             self.lend(self.ring.taken_out(borrower, post.slot))
-        size, right = len(self.cells(post.rect)) * CELL_BYTES, self.random.random() >= self.corrupt
+        size = len(self.cells(post.rect)) * CELL_BYTES
+        right = "" if self.random.random() >= self.corrupt else "is corrupt"
         self.to_receiver(ev.Landed(P, tid, EPOCH, post.seq, post.rect, size, right))
 
     @staticmethod

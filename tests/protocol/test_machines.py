@@ -26,7 +26,7 @@ GRANTS = st.sampled_from(
 )
 WAITS = st.sampled_from([0.5] * 8 + [1.0] * 6 + [3.0] * 4 + [11.0] * 3 + [35.0, 61.0, 125.0])
 FAULTS = st.sampled_from(
-    ["fail", "fail in part", "preempt", "withdraw", "abandon", "drop", "partition", "suspect"] * 2
+    ["fail", "fail in part", "preempt", "revoke", "withdraw", "abandon", "drop", "partition", "suspect"] * 2
     + [
         "end_prompt",
         "not needed",
@@ -50,11 +50,12 @@ class Hostile(RuleBasedStateMachine):
     """Rules pick from what is possible by an index, so that every draw means something."""
 
     ranks: ClassVar[int] = 1
+    checked: ClassVar[bool] = True
     faults: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.ranks)
+        self.world = World(self.ranks, checked=self.checked)
         self.epochs = dict.fromkeys(TIDS, 0)
 
     @initialize(
@@ -165,7 +166,7 @@ class Hostile(RuleBasedStateMachine):
         match what:
             case "fail" | "fail in part" | "corrupt":
                 self._spoil(pick, what)
-            case "preempt" | "end_prompt" | "withdraw":
+            case "preempt" | "end_prompt" | "withdraw" | "revoke":
                 self._disturb(what, rank, tid)
             case "abandon":
                 self.world.to_receiver(ev.Abandon(tid))
@@ -197,7 +198,8 @@ class Hostile(RuleBasedStateMachine):
     def _disturb(self, what: str, rank: int, tid: TransferId) -> None:
         side = self.world.prefill[rank]
         job = side.jobs.get(tid)
-        if job and (what == "withdraw" or not job.told_end) and job.offered and side.alive and not job.withdrawn:
+        may = what in ("withdraw", "revoke") or (job and not job.told_end)
+        if job and may and job.offered and side.alive and not job.withdrawn and not job.revoked:
             getattr(self.world, what)(rank, tid)
 
     def _lose(self, what: str, rank: int) -> None:
@@ -224,6 +226,12 @@ class HostileTwoRanks(Hostile):
     ranks = 2
 
 
+class HostileUnchecked(HostileTwoRanks):
+    """Writes carry no checksums: what was in flight when its source was overwritten must not count all the same."""
+
+    checked = False
+
+
 class Friendly(Hostile):
     """No faults, only reordering, duplicates, slow writes and late grants: then everything must be loaded."""
 
@@ -243,10 +251,16 @@ class Friendly(Hostile):
         assert {job.finished.outcome for s in world.prefill for job in s.jobs.values() if job.finished} == {"sent"}
 
 
+class FriendlyUnchecked(Friendly):
+    """Everything is loaded though seals wait for the writes."""
+
+    checked = False
+
+
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(Hostile, 100), (HostileTwoRanks, 100), (Friendly, 30)],
-    ids=["one rank", "two ranks", "no faults"],
+    [(Hostile, 100), (HostileTwoRanks, 100), (HostileUnchecked, 100), (Friendly, 30), (FriendlyUnchecked, 30)],
+    ids=["one rank", "two ranks", "no checksums", "no faults", "no faults, no checksums"],
 )
 def test_whatever_happens(machine: type[Hostile], examples: int) -> None:
     profile = settings.get_profile(settings.get_current_profile_name())

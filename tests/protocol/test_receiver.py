@@ -56,7 +56,7 @@ def expect(*writers: Peer, epoch: int = 1, rects: tuple[Rect, ...] = (ALL,), siz
 
 def landed(seq: int, rect: Rect, peer: Peer = P, epoch: int = 1, *, valid: bool = True) -> Landed:
     size = 10 * (rect.layer_hi - rect.layer_lo) * (rect.block_hi - rect.block_lo)
-    return Landed(peer, T, Epoch(epoch), seq, rect, size, valid)
+    return Landed(peer, T, Epoch(epoch), seq, rect, size, "" if valid else "is corrupt")
 
 
 def sealed(writes: int = 2, size: int = 160, peer: Peer = P, epoch: int = 1) -> Sealed:

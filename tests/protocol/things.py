@@ -56,6 +56,7 @@ class Job:
     told_end: bool = False
     """PromptDone or Withdraw has been said."""
     withdrawn: bool = False
+    revoked: bool = False
     fenced: bool = False
     """Preempted: the blocks are overwritten as soon as nothing of it is in flight."""
     finished: ev.Finished | None = None

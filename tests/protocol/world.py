@@ -35,7 +35,11 @@ from .things import (
 
 
 class World:
-    def __init__(self, ranks: int, limits: SenderLimits = SENDER, receiver: ReceiverLimits = RECEIVER) -> None:
+    def __init__(
+        self, ranks: int, limits: SenderLimits = SENDER, receiver: ReceiverLimits = RECEIVER, *, checked: bool = True
+    ) -> None:
+        self.checked = checked
+        """Writes carry checksums. Without, decode believes whatever lands."""
         self.now = 100.0
         self.limits = limits
         self.prefill = [PrefillRank(rank, limits) for rank in range(ranks)]
@@ -105,6 +109,7 @@ class World:
         assert post.epoch == side.newest[tid], "posted for an old epoch"
         assert post.epoch > side.promised.get(tid, -1), "posted after promising that nothing would land"
         assert job.offered and job.finished is None and not job.withdrawn, "posted for an ended request"
+        assert not job.revoked, "posted from blocks that are being overwritten"
         assert not job.fenced, "posted while the engine waits to overwrite the blocks"
         assert not side.proven_dead and not self.decode_proven_dead, "posted to a dead peer"
         assert size <= max(self.limits.max_post_bytes, CELL_BYTES[rect.group]), "too large a post"
@@ -127,6 +132,9 @@ class World:
         granted = {cell for rect in self.regions[tid, epoch].rects for cell in cells(rect)}
         posted = {cell for t, e, cell in side.posted if (t, e) == (tid, epoch)}
         assert posted == granted, "sealed before everything was posted"
+        assert not side.jobs[tid].revoked, "sealed though its blocks are being overwritten"
+        mine = [f for f in self.flights if f.rank == side.rank and f.post.transfer_id == tid]
+        assert self.checked or not mine, "sealed while unchecked writes are in flight"
         assert size == sum(CELL_BYTES[group] for group, _, _ in granted) and (writes > 0) == (size > 0)
 
     def _promise(self, side: PrefillRank, peer: ev.Peer, tid: TransferId, epoch: Epoch) -> None:
@@ -199,18 +207,19 @@ class World:
             return
         region = self.regions[post.transfer_id, post.epoch]
         assert not region.closed, f"{post} lands in blocks that have been given away"
-        valid = True
+        fault = ""
         for i, cell in enumerate(cells(post.rect)):
             if part and i:
                 return
             region.memory[flight.rank, cell] = "damaged" if flight.corrupt else job.memory[cell]
-            valid &= region.memory[flight.rank, cell] == flight.stamp[cell]
+            if self.checked and region.memory[flight.rank, cell] != flight.stamp[cell]:
+                fault = "is corrupt"
         if part:
             return
         flight.landed = True
         note = ev.Landed(
             prefill_peer(flight.rank), post.transfer_id, post.epoch, post.seq, post.rect,
-            self.limits.rect_bytes(post.rect), valid,
+            self.limits.rect_bytes(post.rect), fault,
         )  # fmt: skip
         self.net.append(Message(None, note, self.now, False))
 
@@ -271,6 +280,14 @@ class World:
         job.told_end = job.withdrawn = True
         self.to_sender(rank, ev.Withdraw(tid, "aborted"))
 
+    def revoke(self, rank: int, tid: TransferId) -> None:
+        """The engine has waited for long enough: it overwrites the blocks, whatever is in flight."""
+        job = self.prefill[rank].jobs[tid]
+        job.told_end = job.revoked = True
+        job.fenced = False
+        self._overwrite(job)
+        self.to_sender(rank, ev.Revoke(tid, "preempted"))
+
     def preempt(self, rank: int, tid: TransferId) -> None:
         job = self.prefill[rank].jobs[tid]
         job.step, job.told_end, job.fenced = 0, False, True
@@ -281,7 +298,14 @@ class World:
         for side in self.prefill:
             side.jobs.setdefault(tid, Job(tid))
             if side.rank not in self.deaf_to_decode:
-                self.net.append(Message(side.rank, ev.Granted(DECODE, tid, Epoch(epoch), blocks, P), self.now, True))
+                self.net.append(
+                    Message(
+                        side.rank,
+                        ev.Granted(DECODE, tid, Epoch(epoch), blocks, P, all_checked=self.checked),
+                        self.now,
+                        True,
+                    )
+                )
         return region
 
     def expect(self, region: Region) -> None:
