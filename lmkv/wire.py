@@ -39,6 +39,25 @@ class LayerCard(_Message, frozen=True):
     device: int = 0
 
 
+class ProcessCard(_Message, frozen=True):
+    """A process: `host` names the boot of a host, `namespace` the process ids' namespace, `started` is in clock
+    ticks since boot (lmkv.process)."""
+
+    host: str = ""
+    namespace: str = ""
+    pid: int = 0
+    started: int = 0
+
+
+class Times(_Message, frozen=True):
+    """An engine's deadlines, s: interval of heartbeats, leases, prefill's hold, decode's wait for a transfer."""
+
+    beat_s: float = 0.5
+    lease_s: float = 10.0
+    hold_s: float = 120.0
+    deadline_s: float = 120.0
+
+
 class WorkerCard(_Message, frozen=True):
     """One worker rank: its control address, its data plane export, its layers in model order."""
 
@@ -62,6 +81,8 @@ class WorkerCard(_Message, frozen=True):
     """As a receiver: so many writes of a million must carry a checksum (lmkv.vllm.checking)."""
     checksum: str = "xxh3-64"
     """The function that this rank can compute over its caches; "": none."""
+    process: ProcessCard = ProcessCard()
+    """The default names none: its end cannot be proved."""
 
 
 class EngineCard(_Message, frozen=True):
@@ -80,6 +101,7 @@ class EngineCard(_Message, frozen=True):
     protocol: int = PROTOCOL
     convert_dtype: bool = False
     """Decode takes KV of another dtype and converts it, which changes the numbers."""
+    times: Times = Times()
 
 
 # --- control plane: pairing ---

@@ -23,6 +23,7 @@ from lmkv.obs.ledger import LedgerBook
 from lmkv.transfer import events as ev
 from lmkv.weights import default_cache, newest_s, process_start_s, weights_digest
 
+from .cards import times
 from .decode import DecodeSide
 from .endpoint import EngineEndpoint
 from .fingerprint import must_match
@@ -135,6 +136,7 @@ class SchedulerSide:
             self._block_tokens,
             workers,
             convert_dtype=self._settings.convert_dtype,
+            times=times(self._settings),
         )
         self._endpoint.start(card, self._settings.peers)
         if self._pool is not None:

@@ -20,6 +20,7 @@ from lmkv.ids import EngineName, Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import Prompt
 from lmkv.transport import open_transport
 from lmkv.vllm import memory
+from lmkv.vllm.cards import times, worker_card
 from lmkv.vllm.commands import Command, Expected, LayersDone, Offered, Results, StepDone
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.specs import BlockRange, ExpectSpec, OfferSpec, Push, RankReport
@@ -61,9 +62,11 @@ class Side:
             "tcp://127.0.0.1:0",
         )
         self.loop.start()
-        worker = self.found.card(Rank(0), self.loop.address, scheme.split(":")[0], self.loop.export)
+        worker = worker_card(self.found, self.settings, Rank(0), self.loop.address, self.loop.export)
         name = EngineName(role)
-        self.card = wire.EngineCard(name, self.incarnation, self.engine.address, role, {}, {}, (TOKENS,), (worker,))
+        self.card = wire.EngineCard(
+            name, self.incarnation, self.engine.address, role, {}, {}, (TOKENS,), (worker,), times=times(self.settings)
+        )
         self.news = Results()
 
     def submit(self, *commands: Command) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 
-from lmkv.ids import TransferId
+from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transfer.events import PROMPT_FAULT, Prompt
+from lmkv.vllm.checking import ALL_PPM, is_checked
+from lmkv.vllm.commands import Preempted
 
 from .loop_bed import PROMPT, Pair
 
@@ -53,3 +58,111 @@ def test_kv_of_another_prompt_never_arrives(pair: Pair, other: Prompt, grant_fir
     ledger = pair.ledger(T)
     assert (ledger["outcome"], ledger["writes"]) == ("failed", 0) and ledger["reason"].startswith(PROMPT_FAULT)
     assert torch.equal(pair.decode.kv, before), "nothing was written"
+
+
+def run_one(pair: Pair) -> str:
+    pair.expect(T, INTO)
+    pair.grant(T, INTO)
+    pair.offer(T)
+    pair.compute(T, FROM)
+    report = pair.report(T)
+    return report.outcome if report.outcome == "loaded" else report.reason
+
+
+# --- checksums ---
+
+
+def test_a_sample_is_the_same_on_both_sides_and_about_as_large_as_asked() -> None:
+    seqs = [seq for seq in range(4000) if is_checked(ALL_PPM // 4, T, Epoch(1), Rank(0), seq)]
+    assert 850 < len(seqs) < 1150
+    assert is_checked(ALL_PPM, T, Epoch(1), Rank(0), 7) and not is_checked(0, T, Epoch(1), Rank(0), 7)
+
+
+@pytest.mark.parametrize(("policy", "right"), [("full", False), ("auto", False), ("sample", False), ("off", True)])
+def test_a_sender_cannot_leave_out_what_the_receiver_demands(
+    policy: str, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(kv_verify=policy, kv_verify_share=1.0)
+    try:
+        monkeypatch.setattr(pair.prefill.loop._sending, "_checksum", lambda *_: None)
+        outcome = run_one(pair)
+        assert outcome == "loaded" if right else "carries no checksum" in outcome
+    finally:
+        pair.close()
+
+
+def test_zero_is_a_checksum_like_any_other(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.prefill.loop._sending, "_checksum", lambda *_: 0)
+    assert "is corrupt" in run_one(pair)
+
+
+@pytest.mark.parametrize("policy", ["off", "sample", "full"])
+def test_each_policy_loads(policy: str) -> None:
+    pair = Pair(kv_verify=policy)
+    try:
+        assert run_one(pair) == "loaded"
+    finally:
+        pair.close()
+
+
+# --- a preemption that cannot wait ---
+
+
+def overwrite(pair: Pair) -> None:
+    """As the engine does once it has waited for long enough: another request's KV lies in the blocks."""
+    pair.prefill.loop._sending.revoke([T])
+    ctypes.memset(pair.prefill.kv.data_ptr(), 0x5A, pair.prefill.kv.nbytes)
+
+
+@pytest.mark.parametrize("policy", ["off", "full"])
+@pytest.mark.parametrize("when", ["begun", "checksummed", "posted", "completed"])
+def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine thread overwrites at each point where the loop might be; decode never takes the bytes for good."""
+    pair = Pair(kv_verify=policy)
+    sending, transport = pair.prefill.loop._sending, pair.prefill.loop._transport
+    checksum, write, completed = sending._checksum, transport.write, sending.completed
+
+    def then_checksum(*given: Any) -> int | None:
+        overwrite(pair)  # the checksum is made of the other request's bytes, and would be right
+        return checksum(*given)
+
+    def checksum_then(*given: Any) -> int | None:
+        made = checksum(*given)
+        overwrite(pair)
+        return made
+
+    def write_then(*given: Any) -> Any:
+        overwrite(pair)  # the bytes that are posted are those of the other request
+        return write(*given)
+
+    def then_completed(*given: Any) -> None:
+        overwrite(pair)
+        completed(*given)
+
+    names = {"begun": then_checksum, "checksummed": checksum_then, "posted": write_then, "completed": then_completed}
+    try:
+        target: Any = transport if when == "posted" else sending
+        name = {"posted": "write", "completed": "completed"}.get(when, "_checksum")
+        monkeypatch.setattr(target, name, names[when])
+        pair.expect(T, INTO)
+        pair.grant(T, INTO)
+        pair.offer(T)
+        pair.compute(T, FROM)
+        assert pair.report(T).outcome == "failed"
+        assert pair.ledger(T)["outcome"] == "failed"
+    finally:
+        pair.close()
+
+
+def test_giving_up_a_preemption_ends_the_transfer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair.expect(T, INTO)
+    pair.grant(T, INTO)
+    pair.offer(T)
+    pair.compute(T, FROM[:2], last=False)
+    sending = pair.prefill.loop._sending
+    monkeypatch.setattr(sending, "preempted", partial(sending.preempted, gave_up=True))
+    sending.revoke([T])
+    pair.prefill.submit(Preempted((T,)))
+    assert pair.report(T).outcome == "failed"
+    assert pair.ledger(T)["outcome"] == "failed"
+    assert not sending._revoked, "nothing is remembered of an ended transfer"
