@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from functools import partial
+from threading import Event
 from typing import Any
 
 import pytest
@@ -122,6 +123,12 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
     sending, transport = pair.prefill.loop._sending, pair.prefill.loop._transport
     checksum, write, completed = sending._checksum, transport.write, sending.completed
 
+    reported = Event()
+
+    def late_completed(*given: Any) -> None:
+        reported.wait(5)  # decode hears of the write's end at once, prefill's loop only now
+        completed(*given)
+
     def then_checksum(*given: Any) -> int | None:
         overwrite(pair)  # the checksum is made of the other request's bytes, and would be right
         return checksum(*given)
@@ -148,9 +155,12 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
         pair.offer(T)
         pair.compute(T, FROM)
         monkeypatch.setattr(target, name, names[when])
+        if when == "begun" and policy == "full":
+            monkeypatch.setattr(sending, "completed", late_completed)
         pair.grant(T, INTO)  # last, so that all writes and the seal leave in one go
-        assert pair.ledger(T)["outcome"] == "failed"
         report = pair.report(T)
+        reported.set()
+        assert pair.ledger(T)["outcome"] == "failed"
         if (when, policy) == ("completed", "full") and report.outcome == "loaded":
             assert torch.equal(pair.decode.kv[:, list(INTO)], right), (
                 "good bytes had landed, checked and sealed, before"
