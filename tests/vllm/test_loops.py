@@ -16,7 +16,7 @@ from lmkv.transfer.events import PROMPT_FAULT, Prompt
 from lmkv.vllm.checking import ALL_PPM, is_checked
 from lmkv.vllm.commands import Preempted
 
-from .loop_bed import PROMPT, Pair
+from .loop_bed import PROMPT, Pair, until
 
 T = TransferId("t" * 32)
 FROM, INTO = (3, 7, 1, 10), (2, 9, 5, 4)
@@ -154,6 +154,7 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
         pair.expect(T, INTO)
         pair.offer(T)
         pair.compute(T, FROM)
+        until(lambda: T in sending._sources and sending._sources[T].fan.done)
         monkeypatch.setattr(target, name, names[when])
         if when == "begun" and policy == "full":
             monkeypatch.setattr(sending, "completed", late_completed)
