@@ -49,6 +49,12 @@ class ConnectorSettings(BaseSettings):
     hold_s: float = Field(
         120.0, gt=0, description="prefill holds KV this long for a grant that does not come or a peer that is silent"
     )
+    quarantine_s: float = Field(
+        600.0,
+        gt=0,
+        description="blocks granted to a peer that is lost, neither answers nor is proven dead, are held this long; "
+        "then the data plane is made anew",
+    )
     pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
 
     min_post_bytes: int = Field(1 << 20, ge=1, description="layers are grouped until a write is this large")

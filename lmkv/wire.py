@@ -124,13 +124,18 @@ class Met(_Message, frozen=True, tag=True):
 
 
 class Hello(_Message, frozen=True, tag=True):
+    """`pair` numbers the sender's side of the pair: another number than before means that the sender has lost the pair
+    and makes it anew. Its grants carry the number."""
+
     card: EngineCard
+    pair: int = 0
 
 
 class Welcome(_Message, frozen=True, tag=True):
-    """The sender has connected and warmed all its workers to the Hello's engine."""
+    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello."""
 
     card: EngineCard
+    pair: int = 0
 
 
 class Refuse(_Message, frozen=True, tag=True):
@@ -143,10 +148,14 @@ class Refuse(_Message, frozen=True, tag=True):
 
 
 class Introduce(_Message, frozen=True, tag=True):
-    """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card."""
+    """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card.
+
+    `pair` is the peer's number of the pair: only its grants with this number are served.
+    """
 
     card: EngineCard
     own: EngineCard
+    pair: int = 0
 
 
 class Introduced(_Message, frozen=True, tag=True):
@@ -219,6 +228,8 @@ class Grant(_Message, frozen=True, tag=True):
     to write into come with Credit from decode's ranks."""
     prompt_digest: bytes = b""
     """Decode's prompt (lmkv.vllm.prompt), 16 bytes. Nothing is written unless it equals prefill's; b"" never does."""
+    pair: int = 0
+    """Decode's number of the pair (Hello). A grant from before the pair was made anew is void."""
 
 
 class Credit(_Message, frozen=True, tag=True):

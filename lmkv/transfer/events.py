@@ -68,10 +68,15 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """`dead`: proven (its process is gone and the connection drained), so nothing of it can land; else only silent."""
+    """`dead`: its process is proven to be gone, and what it had sent is drained; it never comes back.
+
+    `fenced`: nothing that it was granted or had posted until now can land any more, but it may come back and be granted
+    again. Neither: it is only silent, and may still write.
+    """
 
     peer: Peer
     dead: bool
+    fenced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +154,8 @@ class Granted:
     blocks: tuple[tuple[int, int], ...]
     prompt: Prompt
     slot_bytes: int = 0
+    wait_s: float = 0.0
+    """Decode waits this long for the transfer, so its offer may come as late."""
     all_checked: bool = True
     """The receiver verifies a checksum of every write. Otherwise what is in flight must not count: the seal waits until
     every write is done, and a transfer that is revoked before has no seal."""

@@ -32,6 +32,7 @@ class SenderLimits:
     hold_s: float = 30.0
     """How long a finished prompt waits for its grant, and a granted one for a peer whose lease is over."""
     early_grant_s: float = 60.0
+    """How long what comes before its Offer is kept; a grant as long as its receiver waits, if that is longer."""
     max_early: int = 4096
     tombstone_s: float = 120.0
 
@@ -231,7 +232,7 @@ class Outgoing:
         """When something has to happen if nothing else does; `lease_end_s` is the granted peer's."""
         match self.phase:
             case Phase.EARLY:
-                return self.born_s + limits.early_grant_s
+                return self.born_s + max(limits.early_grant_s, self.grant.wait_s if self.grant is not None else 0.0)
             case Phase.OVER:
                 return None if self.flights else self.expires_s
         if self.grant is None:

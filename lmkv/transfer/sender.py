@@ -99,8 +99,8 @@ class Sender:
                 self._not_needed(tid, reason, now_s)
             case ev.CancelCame():
                 self._cancel_came(event, now_s)
-            case ev.PeerGone(peer, dead):
-                self._peer_gone(peer, dead, now_s)
+            case ev.PeerGone(peer, dead, fenced):
+                self._peer_gone(peer, dead, fenced, now_s)
             case ev.Tick():
                 self._tick(now_s)
         out, self._out = self._out, []
@@ -141,7 +141,7 @@ class Sender:
             self._settle(transfer, now_s)
 
     def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
-        """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""
+        """Cells in the queue are no longer in memory: they are taken again when they come again."""
         if (transfer := self._live(transfer_id)) is None:
             return
         dropped = self._lanes.purge(transfer)
@@ -152,7 +152,6 @@ class Sender:
             self._end(transfer, ev.SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
 
     def _revoke(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
-        """What is in flight may carry other bytes. A seal that has overtaken it counts only what has a checksum."""
         transfer = self._transfers.get(transfer_id)
         if transfer is None or transfer.phase is Phase.OVER:
             self.counters.stray += 1
@@ -233,13 +232,14 @@ class Sender:
                 return
         self._settle(transfer, now_s)
 
-    def _peer_gone(self, peer: ev.Peer, dead: bool, now_s: float) -> None:
+    def _peer_gone(self, peer: ev.Peer, dead: bool, fenced: bool, now_s: float) -> None:
         self._lanes.lapse(peer, dead, now_s)
         for transfer in list(self._transfers.values()):
             if transfer.grant is None or transfer.grant.peer != peer:
                 continue
-            if dead and transfer.phase < Phase.ENDING:
-                self._end(transfer, ev.SendOutcome.PEER_LOST, "the peer died", now_s)
+            if (dead or fenced) and transfer.phase < Phase.ENDING:
+                why = "the peer died" if dead else "the connection to the peer is lost"
+                self._end(transfer, ev.SendOutcome.PEER_LOST, why, now_s)
             else:
                 self._settle(transfer, now_s)
 

@@ -89,6 +89,7 @@ class DecodeSide:
         self._expects: list[ExpectSpec] = []
         self._abandons: list[TransferId] = []
         self._block_pool: Any = None
+        self._epoch = 0
         self._parked: OrderedDict[TransferId, None] = OrderedDict()
 
     def bind_block_pool(self, pool: Any) -> None:
@@ -177,7 +178,10 @@ class DecodeSide:
     def _grant(
         self, transfer: _Transfer, request: Any, tokens: tuple[int, int], ranges: tuple[BlockRange, ...]
     ) -> None:
-        tid, epoch = transfer.params.transfer_id, Epoch(1)
+        # Asked before the pair's state: a pair that is lost in between makes the grant void, not the other way round.
+        number = self._endpoint.pair_number(transfer.params.peer_address)
+        self._epoch += 1  # never used again, whatever the router does with transfer ids
+        tid, epoch = transfer.params.transfer_id, Epoch(self._epoch)
         prompt = transfer.prompt
         assert prompt is not None, "tokens were promised only once the prompt was known"
         _, _, card = self._endpoint.pair(transfer.params.peer_address)
@@ -188,7 +192,9 @@ class DecodeSide:
         now_s = time.monotonic()
         first_block = tuple(lo for lo, _ in theirs) or tuple(r.lo for r in ranges)
         wanted = tuple((1,) * (hi - lo) for lo, hi in theirs) or tuple(r.ids for r in ranges)
-        grant = wire.Grant(self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing, prompt.digest)
+        grant = wire.Grant(
+            self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing, prompt.digest, number
+        )
         for worker in card.workers if card is not None else ():
             self._outbox.send(worker.address, grant)
         transfer.exact = card is None or self._endpoint.is_exact(card)

@@ -12,7 +12,7 @@ import torch
 from lmkv import wire
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError
-from lmkv.ids import Rank, TransferId
+from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.kernels import Cache, convert_blocks
 from lmkv.layout import segments
 from lmkv.transfer.events import Peer, Rect
@@ -52,7 +52,7 @@ class LandingSlots:
         self._verifier = verifier
         self._slots = found.slots
         self._ring = SlotRing(found.slots.count if found.slots else 0, _PER_WRITER)
-        self._landings: dict[TransferId, _Landing] = {}
+        self._landings: dict[tuple[TransferId, Epoch], _Landing] = {}
 
     def writers(self, spec: ExpectSpec) -> tuple[Peer, ...] | None:
         """The ranks that will write for this grant; None when its engine is not our peer any more."""
@@ -77,7 +77,7 @@ class LandingSlots:
         if met is None or self._slots is None:
             return
         card, meeting = met
-        landing = self._landings[spec.transfer_id] = _Landing(spec, {})
+        landing = self._landings[spec.transfer_id, spec.epoch] = _Landing(spec, {})
         for rank, heads in meeting.receives.items():
             peer, worker = Peer(spec.incarnation, rank), card.workers[rank]
             landing.shares[peer] = tuple(
@@ -90,7 +90,7 @@ class LandingSlots:
 
     def fault(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> str:
         """What is wrong with a write: its slot is not the writer's, or does not hold what it says; or ""."""
-        landing = self._landings.get(note.transfer_id)
+        landing = self._landings.get((note.transfer_id, note.epoch))
         if landing is None or self._slots is None or peer not in landing.shares:
             return "comes from a rank that was not asked to write"
         if note.slot not in self._ring.held(Borrower(peer, note.transfer_id, note.epoch)):
@@ -105,7 +105,7 @@ class LandingSlots:
 
     def take_out(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> str:
         """Convert what has landed into our blocks and lend the slot on. Returns what went wrong, or ""."""
-        landing, slots = self._landings[note.transfer_id], self._slots
+        landing, slots = self._landings[note.transfer_id, note.epoch], self._slots
         assert slots is not None, "its fault was asked for before"
         share = landing.shares[peer][rect.group]
         geometry = slot_geometry(share, rect)
@@ -145,15 +145,15 @@ class LandingSlots:
         if storage.device.type != "cpu":
             torch.cuda.current_stream(storage.device).synchronize()
 
-    def failed(self, tid: TransferId) -> None:
+    def failed(self, tid: TransferId, epoch: Epoch) -> None:
         """It will not be loaded: no more slots for it. Those lent stay its own until `close`."""
-        landing = self._landings.get(tid)
+        landing = self._landings.get((tid, epoch))
         for borrower in landing.borrowers if landing else ():
             self._ring.sated(borrower)
 
-    def close(self, tid: TransferId) -> None:
+    def close(self, tid: TransferId, epoch: Epoch) -> None:
         """Nothing can land in its slots any more."""
-        landing = self._landings.pop(tid, None)
+        landing = self._landings.pop((tid, epoch), None)
         for borrower in landing.borrowers if landing else ():
             self._tell(self._ring.close(borrower))
 

@@ -12,7 +12,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import TransferError
-from lmkv.ids import Rank, TransferId
+from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.incoming import ReceiverLimits
 from lmkv.transfer.plan import runs_for
@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 _EARLY_TRANSFERS = 256
 _EARLY_NOTES = 4096
 _REMEMBERED = 4096
+
+_Key = tuple[TransferId, Epoch]
+"""One grant: decode never uses an epoch again, so a transfer id that is used twice makes two grants."""
 
 
 class Receiving:
@@ -50,12 +53,12 @@ class Receiving:
         checksums = checksums_for(found)
         self._verifier = Verifier(demanded_ppm(settings, found, checksums), checksums)
         self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
-        self._landed: set[TransferId] = set()
+        self._landed: set[_Key] = set()
         """Failed in landing mode and not drained: the engine does not wait for that."""
-        self._specs: dict[TransferId, ExpectSpec] = {}
-        self._traces: dict[TransferId, ReceiveTrace] = {}
-        self._early: OrderedDict[TransferId, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
-        self._over: OrderedDict[TransferId, None] = OrderedDict()
+        self._specs: dict[_Key, ExpectSpec] = {}
+        self._traces: dict[_Key, ReceiveTrace] = {}
+        self._early: OrderedDict[_Key, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
+        self._over: OrderedDict[_Key, None] = OrderedDict()
         self._reports: list[RankReport] = []
         self._ledgers: list[dict[str, Any]] = []
 
@@ -63,16 +66,17 @@ class Receiving:
 
     def expected(self, expects: tuple[ExpectSpec, ...], now_s: float) -> None:
         for spec in expects:
-            self._specs[spec.transfer_id] = spec
-            self._traces[spec.transfer_id] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
+            key = (spec.transfer_id, spec.epoch)
+            self._specs[key] = spec
+            self._traces[key] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
             event, known = self._expectation(spec)
             self.handle(event, now_s)
             for peer in event.writers:
                 if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
-                    self.handle(ev.PeerGone(peer, dead=True), now_s)
-                elif not known:
-                    self.handle(ev.PeerGone(peer, dead=False), now_s)
-            for sender, note in self._early.pop(spec.transfer_id, []):
+                    self.handle(ev.PeerGone(peer, dead=False, fenced=True), now_s)
+                elif not known or self._peers.find(peer) is None:
+                    self.handle(ev.PeerGone(peer, dead=False, fenced=self._peers.is_fenced(peer)), now_s)
+            for sender, note in self._early.pop(key, []):
                 self.note_came(sender, note, now_s)
 
     def _expectation(self, spec: ExpectSpec) -> tuple[ev.Expect, bool]:
@@ -96,11 +100,11 @@ class Receiving:
             self.handle(ev.Abandon(tid), now_s)
 
     def note_came(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote, now_s: float) -> None:
-        tid = note.transfer_id
-        if tid not in self._specs and tid not in self._over:
+        tid, key = note.transfer_id, (note.transfer_id, note.epoch)
+        if key not in self._specs and key not in self._over:
             self._hold_early(peer, note)
             return
-        trace = self._traces.get(tid)
+        trace = self._traces.get(key)
         if isinstance(note, wire.SealNote):
             if trace is not None:
                 trace.sealed_s = now_s
@@ -119,10 +123,10 @@ class Receiving:
 
     def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> str:
         """Landing mode: checked and converted into our blocks, as long as they are wanted. Returns the fault."""
-        spec = self._specs.get(note.transfer_id)
-        if spec is None or note.epoch != spec.epoch or peer not in self._machine.awaited(note.transfer_id, note.epoch):
+        key = (note.transfer_id, note.epoch)
+        if key not in self._specs or peer not in self._machine.awaited(note.transfer_id, note.epoch):
             return ""  # late or strange: the machine counts it, and the slot comes back with the transfer's end
-        trace, start_s = self._traces[note.transfer_id], time.monotonic()
+        trace, start_s = self._traces[key], time.monotonic()
         if fault := self._landing.fault(peer, note, rect):
             return fault
         checked_s = time.monotonic()
@@ -132,17 +136,17 @@ class Receiving:
         return f"cannot be converted: {error}" if error else ""
 
     def _hold_early(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote) -> None:
-        notes = self._early.setdefault(note.transfer_id, [])
+        notes = self._early.setdefault((note.transfer_id, note.epoch), [])
         if len(notes) < _EARLY_NOTES:
             notes.append((peer, note))
         while len(self._early) > _EARLY_TRANSFERS:
-            tid, _ = self._early.popitem(last=False)
+            (tid, _), _ = self._early.popitem(last=False)
             logger.warning("early notes of %s dropped: too many transfers that nobody expects", tid)
 
     def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> str:
         """What is wrong with the bytes; "" also for a note that the machine will refuse anyway."""
-        spec = self._specs.get(note.transfer_id)
-        if spec is None or note.epoch != spec.epoch:
+        spec = self._specs.get((note.transfer_id, note.epoch))
+        if spec is None:
             return ""
         blocks = spec.blocks[rect.group] if 0 <= rect.group < len(spec.blocks) else None
         if blocks is None or rect.block_lo < blocks.lo or rect.block_hi > blocks.hi:
@@ -154,7 +158,7 @@ class Receiving:
         except TransferError as error:
             logger.warning("note of %s: %s", note.transfer_id, error)
             return ""
-        self._traces[note.transfer_id].checksum_s += time.monotonic() - start_s
+        self._traces[note.transfer_id, note.epoch].checksum_s += time.monotonic() - start_s
         return fault
 
     def answer_came(self, message: wire.Cancelled | wire.Failed, now_s: float) -> None:
@@ -175,11 +179,11 @@ class Receiving:
                         self._outbox.send(address, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
                 case ev.Report():
                     self._report(action, now_s)
-                case ev.Drained(tid, request_id):
-                    self._landing.close(tid)
-                    if tid not in self._landed:
+                case ev.Drained(tid, request_id, epoch):
+                    self._landing.close(tid, epoch)
+                    if (tid, epoch) not in self._landed:
                         self._reports.append(RankReport(tid, request_id, "drained", True, ""))
-                    self._landed.discard(tid)
+                    self._landed.discard((tid, epoch))
 
     def tick(self, now_s: float) -> None:
         deadline_s = self._machine.next_deadline_s()
@@ -188,6 +192,10 @@ class Receiving:
 
     def deadline_s(self) -> float | None:
         return self._machine.next_deadline_s()
+
+    def holds(self, peer: ev.Peer) -> bool:
+        """Blocks or slots of ours may still be written by this peer."""
+        return self._machine.holds(peer)
 
     @property
     def active(self) -> bool:
@@ -199,9 +207,9 @@ class Receiving:
         return reports, ledgers
 
     def _report(self, action: ev.Report, now_s: float) -> None:
-        tid = action.transfer_id
-        spec, trace = self._specs.pop(tid), self._traces.pop(tid)
-        self._over[tid] = None
+        tid, key = action.transfer_id, (action.transfer_id, action.epoch)
+        spec, trace = self._specs.pop(key), self._traces.pop(key)
+        self._over[key] = None
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
         trace.reported_s, trace.outcome, trace.reason = now_s, action.outcome.value, action.reason
@@ -215,11 +223,11 @@ class Receiving:
             self._dump(spec)
         drained = action.drained
         if drained:
-            self._landing.close(tid)
+            self._landing.close(tid, action.epoch)
         elif spec.landing:
             # Only slots are written to, and they stay lent until Drained; the blocks are the engine's at once.
-            self._landing.failed(tid)
-            self._landed.add(tid)
+            self._landing.failed(tid, action.epoch)
+            self._landed.add(key)
             drained = True
         self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))
         self._ledgers.append(facts(trace))

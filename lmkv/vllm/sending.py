@@ -63,6 +63,7 @@ class Sending:
                 max_inflight_bytes=settings.max_inflight_bytes,
                 lease_s=settings.lease_s,
                 hold_s=settings.hold_s,
+                early_grant_s=settings.deadline_s,
             )
         )
         self._revoked: set[TransferId] = set()
@@ -146,7 +147,7 @@ class Sending:
     def _fail_revoked(self, now_s: float) -> None:
         for tid in tuple(self._revoked):
             source = self._sources.get(tid)
-            if source is not None and not source.revoked:
+            if source is not None and not source.revoked and source.fan.request_id is not None:
                 source.revoked = True
                 for event in source.fan.revoke("preempted, and its writes did not end in time"):
                     self._perform(self._machine.handle(event, now_s), now_s)
@@ -166,6 +167,13 @@ class Sending:
         source.trace.granted_s = source.trace.granted_s or now_s
         met = self._peers.met(grant.incarnation)
         ranks = sorted(met[1].sends) if met else [self._rank]
+        if met and grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
+            logger.info("grant of %s dropped: it is from before the pair was made anew", grant.transfer_id)
+            self._fail_other(grant, ranks, "it was granted before the pair was made anew")
+            self._tell(source.fan.withdraw("its grant is from before the pair was made anew"), now_s)
+            del source.grants[grant.incarnation, grant.epoch]
+            self._forget_if_closed(grant.transfer_id)
+            return
         if not ranks:
             reason = "other ranks have the heads that decode needs"
             self._tell([ev.NotNeededCame(grant.transfer_id, reason)], now_s)
@@ -174,12 +182,12 @@ class Sending:
         self._tell(source.fan.open(ranks), now_s)
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
         prompt = ev.Prompt(grant.prompt_digest, grant.prompt_tokens)
-        workers = met[0].workers if met else ()
+        workers, wait_s = (met[0].workers, met[0].times.deadline_s) if met else ((), 0.0)
         for rank in ranks:
             peer, lane = ev.Peer(grant.incarnation, rank), source.fan.lane(rank)
             slot_bytes = workers[rank].slot_bytes if workers and grant.landing else 0
             checked = bool(workers) and workers[rank].checked_ppm >= ALL_PPM
-            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, prompt, slot_bytes, checked), now_s)
+            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, prompt, slot_bytes, wait_s, checked), now_s)
             if self._forget_if_closed(grant.transfer_id):  # late: it was answered from the tombstone
                 self._fail_other(grant, ranks[1:])
                 return
@@ -193,10 +201,10 @@ class Sending:
             return True
         return False
 
-    def _fail_other(self, grant: wire.Grant, ranks: list[Rank]) -> None:
-        """The transfer has ended, and nothing was ever posted to these."""
+    def _fail_other(self, grant: wire.Grant, ranks: list[Rank], why: str = "the transfer has ended") -> None:
+        """Nothing was ever posted to these for this grant."""
         own = self._peers.own_incarnation
-        failed = wire.Failed(own, self._rank, grant.transfer_id, grant.epoch, "the transfer has ended")
+        failed = wire.Failed(own, self._rank, grant.transfer_id, grant.epoch, why)
         for rank in ranks:
             self._answer(ev.Peer(grant.incarnation, rank), failed)
 
@@ -294,6 +302,8 @@ class Sending:
         pal = self._peers.find(action.peer)
         if pal is None:
             raise TransferError(f"peer {action.peer} is not connected")
+        if source.grants[action.peer.incarnation, action.epoch].pair != pal.engine.pair:
+            raise TransferError("it was granted before the pair was made anew")
         rect, grant = action.rect, source.grants[action.peer.incarnation, action.epoch]
         source_ids = source.block_ids[rect.group][rect.block_lo : rect.block_hi]
         local, remote = self._targets.extents(pal, rect, source_ids, grant, action.slot)

@@ -9,7 +9,7 @@ from lmkv.transfer.plan import KvMap, extents_for
 from lmkv.transport import Extents, MemoryKind, PeerId
 
 from . import memory
-from .peers import Pal
+from .pal import Pal
 
 
 class Targets:

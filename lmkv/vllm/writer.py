@@ -41,6 +41,7 @@ from .commands import (
     Withdrawn,
 )
 from .memory import KvMemory
+from .pal import Loss
 from .peers import Peers
 from .pooled.rank import PoolRank
 from .receiving import Receiving
@@ -88,7 +89,9 @@ class WorkerLoop:
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
-        self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
+        self._peers = Peers(
+            transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone, self._holds
+        )
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox)
         self._thread = threading.Thread(target=self._run, name=f"lmkv-writer-{rank}", daemon=True)
@@ -322,10 +325,14 @@ class WorkerLoop:
             return
         self._receiving.note_came(peer, note, now_s)
 
-    def _peer_gone(self, peer: ev.Peer, dead: bool) -> None:
+    def _peer_gone(self, peer: ev.Peer, loss: Loss) -> None:
         now_s = time.monotonic()
-        self._sending.handle(ev.PeerGone(peer, dead), now_s)
-        self._receiving.handle(ev.PeerGone(peer, dead), now_s)
+        gone = ev.PeerGone(peer, dead=loss is Loss.DEAD, fenced=loss is Loss.FENCED)
+        self._sending.handle(gone, now_s)
+        self._receiving.handle(gone, now_s)
+
+    def _holds(self, peer: ev.Peer) -> bool:
+        return self._receiving.holds(peer)
 
     def _publish(self, now_s: float) -> None:
         for fence in self._fences:

@@ -264,6 +264,37 @@ def test_an_unchecked_write_that_outlives_its_transfer_never_counts() -> None:
     settle(world)
 
 
+def test_a_peer_that_was_cut_off_is_served_again() -> None:
+    world = started()
+    world.cut(0)
+    assert (report(world).outcome, report(world).drained) == ("failed", True), "nothing lands through a closed channel"
+    for flight in list(world.flights):
+        world.deliver_done(flight)
+    assert outcomes(world) == ("peer_lost",)
+    world.advance(1.0)
+    again = TransferId("again")
+    world.expect(world.grant(again, 1))
+    world.offer(0, again)
+    deliver_all(world)
+    for _ in range(len(plan()) + 1):
+        world.compute(0, again)
+        land_all(world)
+    deliver_all(world)
+    found = world.regions[again, E1].report
+    assert found is not None and found.outcome == "loaded"
+    settle(world)
+
+
+def test_a_proven_death_is_for_ever() -> None:
+    world = started()
+    world.kill_prefill(0)
+    world.prove_prefill_dead(0)
+    world.to_receiver(ev.Heard(prefill_peer(0)))
+    world.expect(world.grant(TransferId("late"), 1))
+    late = world.regions[TransferId("late"), E1].report
+    assert late is not None and (late.outcome, late.drained) == ("failed", True)
+
+
 def test_prefill_dies() -> None:
     world = started(ranks=2)
     world.kill_prefill(0)

@@ -31,6 +31,8 @@ FAULTS = st.sampled_from(
         "end_prompt",
         "not needed",
         "break link",
+        "cut",
+        "cut",
         "kill prefill",
         "kill decode",
         "prove",
@@ -207,6 +209,8 @@ class Hostile(RuleBasedStateMachine):
         match what:
             case "break link":
                 world.break_link(rank)
+            case "cut" if side.alive and world.decode_alive:
+                world.cut(rank)
             case "kill prefill" if side.alive:
                 world.kill_prefill(rank)
             case "kill decode" if world.decode_alive:

@@ -112,6 +112,8 @@ class PrefillRank:
         self.alive = True
         self.proven_dead = False
         self.link_broken = False
+        self.void: set[tuple[TransferId, Epoch]] = set()
+        """Granted before the connection was made anew."""
         self.heard_s = float("-inf")
         self.newest: dict[TransferId, Epoch] = {}
         self.posted: Counter[tuple[TransferId, Epoch, Cell]] = Counter()

@@ -125,7 +125,7 @@ class World:
             stamp[cell] = job.memory[cell]
         flight = Flight(side.rank, post, stamp)
         self.flights.append(flight)
-        if side.link_broken or not self.decode_alive:
+        if side.link_broken or not self.decode_alive or (tid, post.epoch) in side.void:
             flight.done = "connection lost"
 
     def _seal(self, side: PrefillRank, tid: TransferId, epoch: Epoch, writes: int, size: int) -> None:
@@ -321,6 +321,16 @@ class World:
         """Its posted writes may land until decode has proven the death and drained the connection."""
         self.prefill[rank].alive = False
         self.net = [m for m in self.net if m.rank != rank]
+
+    def cut(self, rank: int) -> None:
+        """The connection is reset under both, which live on and pair anew: what was granted before is void."""
+        side = self.prefill[rank]
+        side.void |= set(self.regions)
+        for flight in self.flights:
+            if flight.rank == rank and not flight.landed:
+                flight.done = flight.done or "connection lost"
+        self.to_receiver(ev.PeerGone(side.peer, False, True))
+        self.to_sender(rank, ev.PeerGone(DECODE, False, True))
 
     def prove_prefill_dead(self, rank: int) -> None:
         self.flights = [f for f in self.flights if f.rank != rank]

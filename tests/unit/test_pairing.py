@@ -53,10 +53,10 @@ class Net:
 
     def _deliver(self, target: Pairing, message: wire.Control) -> list[Action]:
         match message:
-            case wire.Hello(sender):
-                return target.hello(sender)
-            case wire.Welcome(sender):
-                return target.welcome(sender)
+            case wire.Hello(sender, number):
+                return target.hello(sender, number)
+            case wire.Welcome(sender, number):
+                return target.welcome(sender, number)
             case wire.Refuse():
                 return target.refuse(message.address, message.reason)
         raise AssertionError(message)
@@ -87,7 +87,7 @@ def test_welcome_waits_for_every_worker() -> None:
     b.introduced(Rank(0), Incarnation("a1"), "", 0.0)
     assert b.state(A)[0] is PairState.PENDING
     actions = b.introduced(Rank(1), Incarnation("a1"), "", 0.0)
-    assert actions == [ToEngine(A, wire.Welcome(b.card))] and b.state(A)[0] is PairState.READY
+    assert actions == [ToEngine(A, wire.Welcome(b.card, 1))] and b.state(A)[0] is PairState.READY
 
 
 def test_both_may_start_at_once() -> None:
@@ -105,7 +105,7 @@ def test_refusal_names_the_field_to_whoever_waits_and_is_tried_again_later() -> 
     assert state is PairState.REFUSED and "'model'" in reason and "serve one model" in reason
     assert isinstance(net.answers[0], wire.Met) and "'model'" in net.answers[0].refused
     assert a.want(B, 1.0, (b"router", "t2")) == [Answer(b"router", wire.Met("t2", "", "", reason))]
-    assert a.want(B, 6.0) == [ToEngine(B, wire.Hello(a.card))]
+    assert a.want(B, 6.0) == [ToEngine(B, wire.Hello(a.card, 1))]
     assert b.ready_peers() == []
 
 
@@ -141,3 +141,22 @@ def test_news_of_unknown_peers_is_ignored() -> None:
     a, _, _ = pair()
     assert a.introduced(Rank(0), Incarnation("nobody"), "", 0.0) == []
     assert a.introduced(Rank(0), Incarnation("nobody"), "lost", 0.0) == []
+
+
+def test_a_side_that_was_cut_off_makes_the_pair_anew_and_voids_its_grants() -> None:
+    """Only A has lost the connection; B must part from the old pair before it serves grants of the new one."""
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert (a.number(B), b.number(A)) == (1, 1)
+    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "connection lost", 5.0))
+    assert a.state(B)[0] is PairState.PENDING and a.number(B) == 2
+    net.dismissed.clear()
+    net.do(a, a.want(B, 7.0))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert net.dismissed == [Incarnation("a1")], "B's workers part from A first"
+    assert (a.number(B), b.number(A)) == (2, 1)
+    net.dismissed.clear()
+    net.do(a, a.want(B, 20.0))
+    net.do(b, b.want(A, 20.0))
+    assert net.dismissed == [], "no ping-pong"

@@ -87,7 +87,7 @@ class Side:
         self.engine.close()
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 40.0) -> Any:
     end_s = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end_s, "it takes too long"
@@ -105,10 +105,10 @@ class Pair:
         self.decode = Side(self.context, "decode", scheme, **settings)
         self.introduce()
 
-    def introduce(self) -> None:
+    def introduce(self, number: int = 0) -> None:
         sides = (self.prefill, self.decode)
         for own, other in (sides, sides[::-1]):
-            self.outbox.send(own.loop.address, wire.Introduce(other.card, own.card))
+            self.outbox.send(own.loop.address, wire.Introduce(other.card, own.card, number))
         for side in sides:
             until(lambda side=side: "" in side.introduced())
 
@@ -134,7 +134,7 @@ class Pair:
         spec = ExpectSpec(tid, RequestId(f"d-{tid}"), Epoch(1), self.prefill.incarnation, blocks, (0, PROMPT.tokens))
         self.decode.submit(Expected((spec,)))
 
-    def report(self, tid: TransferId, outcome: str = "", seconds: float = 10.0) -> RankReport:
+    def report(self, tid: TransferId, outcome: str = "", seconds: float = 40.0) -> RankReport:
         def find() -> RankReport | None:
             found = [r for r in self.decode.take().reports if r.transfer_id == tid]
             return next((r for r in found if r.outcome == outcome or not outcome), None)

@@ -36,6 +36,7 @@ class Desk:
         self.book = LedgerBook()
         endpoint = SimpleNamespace(
             pair=lambda address: (PairState.READY, "", CARD),
+            pair_number=lambda address: 3,
             is_direct=lambda card: True,
             is_exact=lambda card: True,
             tell=lambda address, message: self.sent.append(message),

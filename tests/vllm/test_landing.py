@@ -159,9 +159,9 @@ def test_what_cannot_be_is_not_believed(bench: Bench, peer: Peer, slot: int, rec
 
 def test_slots_come_back_with_the_end(bench: Bench) -> None:
     held = set(bench.credits())
-    bench.landing.failed(TID)
+    bench.landing.failed(TID, Epoch(1))
     assert bench.credits() == [], "the failed gets no more"
-    bench.landing.close(TID)
+    bench.landing.close(TID, Epoch(1))
     bench.landing.open(bench.spec)
     assert set(bench.credits()) <= {0, 1, 2, 3} and len(held) == 2
     unknown = ExpectSpec(TID, RequestId("r"), Epoch(1), Incarnation("gone"), (), (0, 0), ((0, 1),))

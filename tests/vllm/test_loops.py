@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import socket
 from collections.abc import Iterator
 from functools import partial
 from threading import Event
@@ -184,3 +185,34 @@ def test_giving_up_a_preemption_ends_the_transfer(pair: Pair, monkeypatch: pytes
     assert pair.report(T).outcome == "failed"
     assert pair.ledger(T)["outcome"] == "failed"
     assert not sending._revoked, "nothing is remembered of an ended transfer"
+
+
+# --- cut off, and back ---
+
+
+def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
+    """Over tcp://, which closes both directions. The old grant is void, the next one is served."""
+    pair = Pair("tcp://127.0.0.1:0", lease_s=5.0)
+    try:
+        pair.expect(T, INTO)
+        pair.grant(T, INTO)
+        pair.offer(T)
+        pair.compute(T, FROM[:2], last=False)
+        name = pair.prefill.loop._transport.name
+        channel = pair.decode.loop._transport._peers[name].initiator.channel  # type: ignore[attr-defined]
+        channel.socket.shutdown(socket.SHUT_RDWR)
+        assert pair.report(T).outcome == "failed"
+        until(lambda: any(pair.decode.introduced()))
+        before = pair.decode.kv.clone()
+        pair.introduce(number=1)
+        pair.compute(T, FROM[2:], lo=2)
+        assert pair.ledger(T)["outcome"] in ("failed", "peer_lost")
+        assert torch.equal(pair.decode.kv, before), "a grant from before the pair was made anew is void"
+        again = TransferId("u" * 32)
+        pair.expect(again, INTO)
+        pair.grant(again, INTO, pair=1)
+        pair.offer(again)
+        pair.compute(again, FROM)
+        assert pair.report(again).outcome == "loaded"
+    finally:
+        pair.close()
