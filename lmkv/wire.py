@@ -40,8 +40,7 @@ class LayerCard(_Message, frozen=True):
 
 
 class ProcessCard(_Message, frozen=True):
-    """A process: `host` names the boot of a host, `namespace` the process ids' namespace, `started` is in clock
-    ticks since boot (lmkv.process)."""
+    """A process (lmkv.process): boot of its host, namespace of process ids, and start in clock ticks since boot."""
 
     host: str = ""
     namespace: str = ""
@@ -124,8 +123,7 @@ class Met(_Message, frozen=True, tag=True):
 
 
 class Hello(_Message, frozen=True, tag=True):
-    """`pair` numbers the sender's side of the pair: another number than before means that the sender has lost the pair
-    and makes it anew. Its grants carry the number."""
+    """`pair` numbers the sender's side of the pair, and its grants: another one means that it makes the pair anew."""
 
     card: EngineCard
     pair: int = 0
@@ -164,6 +162,13 @@ class Introduced(_Message, frozen=True, tag=True):
     rank: Rank
     incarnation: Incarnation
     error: str = ""
+
+
+class Replaced(_Message, frozen=True, tag=True):
+    """Worker to its own engine: its data plane was made anew, and all its peers have to connect to this export."""
+
+    rank: Rank
+    export: bytes
 
 
 class Dismiss(_Message, frozen=True, tag=True):
@@ -319,7 +324,7 @@ class Explained(_Message, frozen=True, tag=True):
 
 
 Control = (
-    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | PoolName | PoolNodes | Beat
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Dismiss | PoolName | PoolNodes | Beat
     | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
 )  # fmt: skip
 

@@ -43,7 +43,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NewType
 
-from lmkv.errors import TransportError
+from lmkv.errors import StateError, TransportError
 
 from .extents import Extents, MemoryKind
 
@@ -161,6 +161,15 @@ class Transport(ABC):
     @abstractmethod
     def disconnect(self, peer: PeerId) -> None:
         """Forget a peer. Raises StateError while operations to it are in flight, or if it is unknown."""
+
+    def replace(self, name: str) -> tuple[list[OpId], list[PeerId]]:
+        """Start over under a new name with the same memory: no connection made before can write to it any more.
+
+        Returns the operations whose Completion will not come (what of them is on its way may still land at the peer for
+        a while) and the peers, which have to be connected anew after a new `export`. Raises StateError where the back
+        end cannot do it, SchemeError when it fails; the transport is closed then.
+        """
+        raise StateError(f"{self.scheme}:// cannot be made anew", hint="restart this engine")
 
     @abstractmethod
     def close(self) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from lmkv import wire
 from lmkv.errors import CompatError
 from lmkv.ids import Incarnation, Rank
@@ -159,6 +161,23 @@ class Pairing:
         if peer.owes_welcome:
             actions.append(self._welcome(peer.card.address))
         return actions + self._tell_waiters(peer.card.address, "")
+
+    def replaced(self, rank: Rank, export: bytes) -> tuple[list[Action], list[str]]:
+        """A worker's data plane was made anew: all pairs are void. Returns also the addresses to pair with again."""
+        workers = tuple(
+            msgspec.structs.replace(worker, export=export) if worker.rank == rank else worker
+            for worker in self.card.workers
+        )
+        self.card = msgspec.structs.replace(self.card, workers=workers)
+        actions: list[Action] = [ToWorkers(wire.Dismiss(incarnation, dead=False)) for incarnation in self._peers]
+        addresses = [peer.card.address for peer in self._peers.values()]
+        self._peers.clear()
+        for address in addresses:
+            entry = self._addresses[address]
+            entry.incarnation = None
+            entry.hello_s = float("-inf")
+            entry.pair += 1
+        return actions, addresses
 
     # --- inside ---
 

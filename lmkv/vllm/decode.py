@@ -245,8 +245,10 @@ class DecodeSide:
 
     def reported(self, report: RankReport) -> None:
         """A rank has ended its part (called before vLLM acts on the same step's finished sets)."""
+        if report.slots:
+            self._book.count("quarantined_slots", report.slots)
         transfer = self._transfers.get(report.transfer_id)
-        if transfer is None:
+        if transfer is None or report.slots < 0:
             return
         if report.outcome == "drained":
             transfer.undrained -= 1

@@ -165,6 +165,9 @@ class EngineEndpoint:
                     logger.error("pairing refused by %s: %s", message.address, message.reason)
                 case wire.Introduced():
                     actions = pairing.introduced(message.rank, message.incarnation, message.error, now_s)
+                case wire.Replaced():
+                    actions, lost = pairing.replaced(message.rank, message.export)
+                    self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)
                 case wire.Meet():
                     actions = pairing.want(message.address, now_s, (letter.identity, message.token))
                     if pairing.state(message.address)[0] is PairState.PENDING:

@@ -151,6 +151,11 @@ class LandingSlots:
         for borrower in landing.borrowers if landing else ():
             self._ring.sated(borrower)
 
+    def held(self, tid: TransferId, epoch: Epoch) -> int:
+        """Slots that are lent to its writers."""
+        landing = self._landings.get((tid, epoch))
+        return sum(len(self._ring.held(borrower)) for borrower in landing.borrowers) if landing else 0
+
     def close(self, tid: TransferId, epoch: Epoch) -> None:
         """Nothing can land in its slots any more."""
         landing = self._landings.pop((tid, epoch), None)

@@ -79,6 +79,10 @@ class Peers:
     def warming(self) -> bool:
         return any(peer in self._pals for peer in self._warm_ops.values())
 
+    def is_probe(self, op: OpId) -> bool:
+        """The operation is ours (warming or probing)."""
+        return op in self._warm_ops
+
     def find(self, peer: Peer) -> Pal | None:
         return self._pals.get(peer)
 
@@ -103,9 +107,11 @@ class Peers:
         return engine.pair if engine else None
 
     def overdue(self, now_s: float) -> list[Peer]:
-        """Lost without proof for longer than `quarantine_s`, with blocks or slots of ours in quarantine."""
+        """Lost without proof for longer than `quarantine_s`, with blocks or slots of ours in quarantine: a new data
+        plane would free them. A process of this host is not among them (see `replaced`)."""
         limit_s = self._settings.quarantine_s
-        return [peer for peer, pal in self._departed.items() if now_s - pal.parted_s > limit_s and self._holds(peer)]
+        lost = [pal for pal in self._departed.values() if now_s - pal.parted_s > limit_s and self._holds(pal.peer)]
+        return [pal.peer for pal in lost if not is_neighbour(pal.worker.process)]
 
     def address_of(self, peer: Peer) -> str | None:
         """Control address of that rank, also after its engine was dismissed."""
@@ -238,6 +244,31 @@ class Peers:
             while len(self._fenced) > 1024:
                 self._fenced.popitem(last=False)
         self._gone(peer, loss)
+
+    def replaced(self, export: bytes) -> None:
+        """Our data plane was made anew: nothing of the old connections lands any more. All peers have to come again.
+
+        A process of this host may copy into our memory without any connection (CMA, CUDA IPC): what such a peer holds
+        stays in quarantine until it answers or its process has ended.
+        """
+        self._by_transport.clear()
+        self._exports.clear()
+        self._leaving.clear()
+        self._warm_ops.clear()
+        lost = {**self._departed, **self._pals}
+        address = next((pal.engine.address for pal in lost.values()), "")
+        self._engines.clear()
+        self._pals.clear()
+        self._departed.clear()
+        for peer, pal in lost.items():
+            near = is_neighbour(pal.worker.process)
+            logger.warning("peer %s is %s by the new data plane", pal.name, "not fenced" if near else "fenced")
+            if near:
+                self._departed[peer] = pal
+                pal.ready, pal.suspected, pal.parted_s = False, False, pal.parted_s or pal.heard_s
+            self._end(peer, Loss.SILENT if near else Loss.FENCED)
+        if address:
+            self._outbox.send(address, wire.Replaced(self._rank, export))
 
     # --- proofs of death ---
 

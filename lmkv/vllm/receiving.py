@@ -53,8 +53,8 @@ class Receiving:
         checksums = checksums_for(found)
         self._verifier = Verifier(demanded_ppm(settings, found, checksums), checksums)
         self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
-        self._landed: set[_Key] = set()
-        """Failed in landing mode and not drained: the engine does not wait for that."""
+        self._landed: dict[_Key, int] = {}
+        """Failed in landing mode and not drained: the engine does not wait for that. How many slots each holds."""
         self._specs: dict[_Key, ExpectSpec] = {}
         self._traces: dict[_Key, ReceiveTrace] = {}
         self._early: OrderedDict[_Key, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
@@ -181,9 +181,9 @@ class Receiving:
                     self._report(action, now_s)
                 case ev.Drained(tid, request_id, epoch):
                     self._landing.close(tid, epoch)
-                    if (tid, epoch) not in self._landed:
-                        self._reports.append(RankReport(tid, request_id, "drained", True, ""))
-                    self._landed.discard((tid, epoch))
+                    slots = self._landed.pop((tid, epoch), None)
+                    if slots != 0:
+                        self._reports.append(RankReport(tid, request_id, "drained", True, "", -(slots or 0)))
 
     def tick(self, now_s: float) -> None:
         deadline_s = self._machine.next_deadline_s()
@@ -221,15 +221,15 @@ class Receiving:
             logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
         elif self._settings.debug_dump_dir:
             self._dump(spec)
-        drained = action.drained
+        drained, slots = action.drained, 0
         if drained:
             self._landing.close(tid, action.epoch)
         elif spec.landing:
             # Only slots are written to, and they stay lent until Drained; the blocks are the engine's at once.
             self._landing.failed(tid, action.epoch)
-            self._landed.add(key)
+            slots = self._landed[key] = self._landing.held(tid, action.epoch)
             drained = True
-        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))
+        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason, slots))
         self._ledgers.append(facts(trace))
         logger.debug("received: %s", self._ledgers[-1])
 

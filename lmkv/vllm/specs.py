@@ -65,6 +65,8 @@ class RankReport:
     outcome: str
     drained: bool
     reason: str
+    slots: int = 0
+    """Landing slots that go into quarantine with a failed receive, or (negative) come out of it."""
 
 
 # --- the pool ---

@@ -7,6 +7,7 @@ performs the actions they return. Nobody else touches what it owns.
 from __future__ import annotations
 
 import logging
+import secrets
 import select
 import threading
 import time
@@ -19,10 +20,10 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.control.wake import Wake, wait
-from lmkv.errors import LmkvError, WireError
+from lmkv.errors import LmkvError, PeerLostError, StateError, WireError
 from lmkv.ids import Rank
 from lmkv.transfer import events as ev
-from lmkv.transport import Completion, Notification, PeerId, PeerLost, Transport
+from lmkv.transport import Completion, Notification, OpId, PeerId, PeerLost, Transport
 
 from .commands import (
     Abandoned,
@@ -41,7 +42,7 @@ from .commands import (
     Withdrawn,
 )
 from .memory import KvMemory
-from .pal import Loss
+from .pal import REMOTE_DRAIN_S, Loss
 from .peers import Peers
 from .pooled.rank import PoolRank
 from .receiving import Receiving
@@ -72,6 +73,7 @@ class WorkerLoop:
         listen: str,
         pool: PoolRank | None = None,
     ) -> None:
+        self._rank = rank
         self._transport = transport
         self._memory = memory
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
@@ -89,6 +91,9 @@ class WorkerLoop:
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
+        self._lost_ops: list[tuple[float, OpId]] = []
+        """Operations that a replaced data plane had in flight, and when nothing of them can land any more."""
+        self._irreplaceable = False
         self._peers = Peers(
             transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone, self._holds
         )
@@ -186,6 +191,7 @@ class WorkerLoop:
             self._take_commands(now_s)
             self._take_events(now_s)
             self._peers.tick(now_s)
+            self._replace_data_plane(now_s)
             self._sending.tick(now_s)
             self._receiving.tick(now_s)
             if self._pool is not None:
@@ -324,6 +330,32 @@ class WorkerLoop:
             logger.warning("note of unknown peer %s dropped", transport_id)
             return
         self._receiving.note_came(peer, note, now_s)
+
+    def _replace_data_plane(self, now_s: float) -> None:
+        """The way out of a quarantine that nobody can end: a new data plane, to which old connections do not lead.
+
+        Writes of ours that were in flight may still land at their targets for a while, so their end is told only then.
+        """
+        for due_s, op in [lost for lost in self._lost_ops if lost[0] <= now_s]:
+            self._lost_ops.remove((due_s, op))
+            error = PeerLostError("the data plane was made anew")
+            if self._pool is None or not self._pool.completed(op, error, now_s):
+                self._sending.completed(op, error, now_s)
+        overdue = self._peers.overdue(now_s)
+        if not overdue or self._irreplaceable:
+            return
+        try:
+            ops, peers = self._transport.replace(f"lmkv-{self._rank}-{secrets.token_hex(8)}")
+        except StateError as error:
+            logger.error("blocks that %s may still write stay in quarantine: %s", overdue, error)
+            self._irreplaceable = True
+            return
+        logger.error("the data plane was made anew, to free what lost peers may still write: %s", overdue)
+        for transport_id in peers if self._pool is not None else ():
+            assert self._pool is not None
+            self._pool.peer_lost(transport_id, "the data plane was made anew")
+        self._lost_ops += [(now_s + REMOTE_DRAIN_S, op) for op in ops if not self._peers.is_probe(op)]
+        self._peers.replaced(self._transport.export())
 
     def _peer_gone(self, peer: ev.Peer, loss: Loss) -> None:
         now_s = time.monotonic()

@@ -103,3 +103,13 @@ def test_without_the_adapters_content_nothing_is_granted() -> None:
     desk.side.allocated(request, None, 0)
     assert [type(message) for message in desk.sent] == [wire.NotNeeded]
     assert desk.book.counts()["miss:prompt"] == 1 and "adapter" in desk.facts()["miss"]
+
+
+def test_slots_in_quarantine_are_counted_and_given_back() -> None:
+    desk = Desk()
+    desk.grant(desk.request(list(range(40))))
+    desk.side.fill(StepMeta())
+    desk.side.reported(RankReport(TID, RequestId("r"), "failed", True, "peer lost", slots=5))
+    assert desk.book.counts()["quarantined_slots"] == 5
+    desk.side.reported(RankReport(TID, RequestId("r"), "drained", True, "", slots=-5))
+    assert desk.book.counts()["quarantined_slots"] == 0
