@@ -32,6 +32,12 @@ def is_neighbour(process: ProcessCard) -> bool:
     return bool(own.host) and (own.host, own.namespace) == (process.host, process.namespace)
 
 
+def may_share_host(process: ProcessCard) -> bool:
+    """It runs on this host, in whatever container, or it is not known where: it may reach our memory by other ways than
+    a connection (CMA, CUDA IPC)."""
+    return not process.host or process.host == own_process().host
+
+
 def has_ended(process: ProcessCard) -> bool:
     """Proof that the process is gone with its memory and sockets; False also where it cannot be looked up."""
     if not is_neighbour(process) or process.pid <= 0:

@@ -19,7 +19,7 @@ from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
-from lmkv.process import has_ended, is_neighbour
+from lmkv.process import has_ended, is_neighbour, may_share_host
 from lmkv.transfer.events import Peer
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 
@@ -111,7 +111,7 @@ class Peers:
         plane would free them. A process of this host is not among them (see `replaced`)."""
         limit_s = self._settings.quarantine_s
         lost = [pal for pal in self._departed.values() if now_s - pal.parted_s > limit_s and self._holds(pal.peer)]
-        return [pal.peer for pal in lost if not is_neighbour(pal.worker.process)]
+        return [pal.peer for pal in lost if not may_share_host(pal.worker.process)]
 
     def address_of(self, peer: Peer) -> str | None:
         """Control address of that rank, also after its engine was dismissed."""
@@ -261,7 +261,7 @@ class Peers:
         self._pals.clear()
         self._departed.clear()
         for peer, pal in lost.items():
-            near = is_neighbour(pal.worker.process)
+            near = may_share_host(pal.worker.process)
             logger.warning("peer %s is %s by the new data plane", pal.name, "not fenced" if near else "fenced")
             if near:
                 self._departed[peer] = pal

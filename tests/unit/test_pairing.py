@@ -160,3 +160,18 @@ def test_a_side_that_was_cut_off_makes_the_pair_anew_and_voids_its_grants() -> N
     net.do(a, a.want(B, 20.0))
     net.do(b, b.want(A, 20.0))
     assert net.dismissed == [], "no ping-pong"
+
+
+def test_a_data_plane_that_was_made_anew_is_told_to_all_peers() -> None:
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    actions, addresses = a.replaced(Rank(0), b"new export")
+    assert actions == [ToWorkers(wire.Dismiss(Incarnation("b1"), dead=False))] and addresses == [B]
+    assert a.card.workers[0].export == b"new export" and a.state(B)[0] is PairState.PENDING
+    net.dismissed.clear()
+    net.do(a, a.want(B, 0.1))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert net.dismissed == [Incarnation("a1")]
+    known = b.ready_card(A)
+    assert known is not None and known.workers[0].export == b"new export"
+    assert a.number(B) == 2, "grants from before are void"

@@ -11,7 +11,7 @@ import time
 import msgspec
 import pytest
 
-from lmkv.process import has_ended, is_neighbour, own_process
+from lmkv.process import has_ended, is_neighbour, may_share_host, own_process
 from lmkv.wire import ProcessCard
 
 SAY = "from lmkv.process import own_process; p = own_process(); print(p.pid, p.started, flush=True); input()"
@@ -58,3 +58,10 @@ def test_what_cannot_be_looked_up_is_not_proved(change: dict[str, object]) -> No
     gone = msgspec.structs.replace(own, started=own.started - 1)
     assert not has_ended(msgspec.structs.replace(gone, **change))
     assert not has_ended(ProcessCard())
+
+
+def test_who_may_reach_our_memory_without_a_connection() -> None:
+    own = own_process()
+    assert may_share_host(own) and may_share_host(msgspec.structs.replace(own, namespace="another container"))
+    assert may_share_host(ProcessCard()), "not known where"
+    assert not may_share_host(msgspec.structs.replace(own, host="another boot"))

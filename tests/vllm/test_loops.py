@@ -9,11 +9,14 @@ from functools import partial
 from threading import Event
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
+from lmkv import wire
 from lmkv.ids import Epoch, Rank, TransferId
-from lmkv.transfer.events import PROMPT_FAULT, Prompt
+from lmkv.transfer.events import PROMPT_FAULT, Peer, Prompt
+from lmkv.transport import OpId, PeerId
 from lmkv.vllm.checking import ALL_PPM, is_checked
 from lmkv.vllm.commands import Preempted
 
@@ -216,3 +219,32 @@ def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
         assert pair.report(again).outcome == "loaded"
     finally:
         pair.close()
+
+
+def test_a_quarantine_that_lasts_too_long_is_ended_by_a_new_data_plane(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill, on another host as its card says, falls silent with a grant of ours."""
+    loop = pair.decode.loop
+    pair.expect(T, INTO)
+    until(lambda: loop._receiving.holds(Peer(pair.prefill.incarnation, Rank(0))))
+    monkeypatch.setattr(loop._peers, "_settings", loop._peers._settings.model_copy(update={"quarantine_s": 0.1}))
+    monkeypatch.setattr(loop._receiving, "answer_came", lambda *_: None)  # no Cancelled comes
+    replaced: list[str] = []
+
+    def replace(name: str) -> tuple[list[OpId], list[PeerId]]:
+        replaced.append(name)
+        return [], []
+
+    monkeypatch.setattr(loop._transport, "replace", replace)
+    far = wire.ProcessCard("elsewhere", "pid:[1]", 1, 1)
+    card = pair.prefill.card
+    worker = msgspec.structs.replace(card.workers[0], process=far)
+    pair.prefill.card = msgspec.structs.replace(card, workers=(worker,))
+    pal = loop._peers.find(Peer(pair.prefill.incarnation, Rank(0)))
+    assert pal is not None
+    pal.worker = worker
+    pair.outbox.send(loop.address, wire.Dismiss(pair.prefill.incarnation, dead=False))
+    assert (pair.report(T, "failed").drained, pair.report(T, "drained").drained) == (False, True)
+    assert len(replaced) == 1
+    until(lambda: any(isinstance(x.message, wire.Replaced) for x in pair.decode.engine.receive()))

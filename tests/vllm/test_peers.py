@@ -270,3 +270,19 @@ def test_a_peer_that_was_cut_off_is_connected_anew(bench: Bench) -> None:
     bench.run()
     pal = bench.peers.find(PEER)
     assert pal is not None and pal.ready and bench.peers.pair_of(THEM) == 4
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_new_data_plane_fences_all_but_processes_of_this_host(bench: Bench, near: bool) -> None:
+    """CMA and CUDA IPC need no connection: such a peer must end, or answer."""
+    bench.unfenced(own_process() if near else None)
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.told()
+    bench.peers.dismiss(THEM, dead=False)
+    bench.now_s += 601
+    assert bench.peers.overdue(bench.now_s) == ([] if near else [PEER])
+    bench.peers.replaced(b"new")
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.SILENT if near else Loss.FENCED)]
+    assert bench.engine.socket.poll(2000)
+    assert [letter.message for letter in bench.engine.receive()] == [wire.Replaced(Rank(0), b"new")]
