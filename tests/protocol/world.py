@@ -13,6 +13,7 @@ from lmkv.transfer.rects import cells_of
 from lmkv.transfer.sender import SenderLimits
 
 from .driving import P
+from .endings import Endings
 from .things import (
     CELL_BYTES,
     DECODE,
@@ -20,7 +21,6 @@ from .things import (
     MAX_DELAY_S,
     PROMPT,
     RECEIVER,
-    RECEIVER_BOUND_S,
     SENDER,
     Cell,
     Flight,
@@ -34,7 +34,7 @@ from .things import (
 )
 
 
-class World:
+class World(Endings):
     def __init__(
         self, ranks: int, limits: SenderLimits = SENDER, receiver: ReceiverLimits = RECEIVER, *, checked: bool = True
     ) -> None:
@@ -373,64 +373,3 @@ class World:
         due, before = self.decode.next_deadline_s(), len(self.log)
         self.to_receiver(ev.Tick())
         assert (due is not None and due <= self.now) or len(self.log) <= before + 1, f"late: {self.log[before:]}"
-
-    # --- the end of a run ---------------------------------------------------------------------------------------------
-
-    def flush(self) -> None:
-        """Everything in the air arrives, until nothing is."""
-        for _ in range(10_000):
-            if self.net:
-                self.deliver(self.net[0])
-            elif self.flights:
-                flight = self.flights[0]
-                if flight.done is None:
-                    if not flight.landed:
-                        self.land(flight)
-                    flight.done = ""
-                if self.prefill[flight.rank].alive:
-                    self.deliver_done(flight)
-                else:
-                    self.flights.remove(flight)
-            else:
-                return
-        raise AssertionError("the network does not come to rest")
-
-    def heal(self) -> None:
-        """Links come back, deaths become known, engines finish what they began; then time passes."""
-        self.deaf_to_decode.clear()
-        self.deaf_to_prefill.clear()
-        for side in self.prefill:
-            if not side.alive and not side.proven_dead:
-                self.prove_prefill_dead(side.rank)
-        if not self.decode_alive and not self.decode_proven_dead:
-            self.prove_decode_dead()
-        for region in list(self.regions.values()):
-            if not region.expected:
-                self.expect(region)
-        self.flush()
-        for side in self.prefill:
-            for job in side.jobs.values():
-                while job.offered and not job.told_end:
-                    self.compute(side.rank, job.tid)
-        for _ in range(RECEIVER_BOUND_S // 2):
-            self.flush()
-            self.advance(2.0)
-
-    def check_end(self) -> None:
-        """Invariant 1: one terminal state on each rank, one Report an Expect, one Finished an Offer, nothing left."""
-        for side in self.prefill:
-            if not side.alive:
-                continue
-            for job in side.jobs.values():
-                assert not job.offered or job.finished is not None, f"{job.tid} never finished on rank {side.rank}"
-            assert side.machine.active == 0 and side.machine.in_flight_bytes(DECODE) == 0
-            assert side.machine.queued(DECODE) == 0
-        if self.decode_alive:
-            for region in self.regions.values():
-                assert region.report is not None, f"{region.tid} epoch {region.epoch} was never reported"
-                assert region.closed, f"{region.tid} epoch {region.epoch} stays in quarantine"
-            assert self.decode.active == 0
-        self.advance(400.0, step=9.0)
-        for side in self.prefill:
-            assert not side.alive or not side.machine._transfers, "the sender remembers for ever"
-        assert not self.decode_alive or not (self.decode._grants or self.decode._early or self.decode._newest)

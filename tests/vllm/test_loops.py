@@ -122,7 +122,7 @@ def overwrite(pair: Pair) -> None:
 @pytest.mark.parametrize("policy", ["off", "full"])
 @pytest.mark.parametrize("when", ["begun", "checksummed", "posted", "completed"])
 def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine thread overwrites at each point where the loop might be; decode never takes the bytes for good."""
+    """The engine thread overwrites wherever the loop might be."""
     pair = Pair(kv_verify=policy)
     sending, transport = pair.prefill.loop._sending, pair.prefill.loop._transport
     checksum, write, completed = sending._checksum, transport.write, sending.completed
@@ -152,14 +152,13 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
 
     names = {"begun": then_checksum, "checksummed": checksum_then, "posted": write_then, "completed": then_completed}
     try:
-        target: Any = transport if when == "posted" else sending
         name = {"posted": "write", "completed": "completed"}.get(when, "_checksum")
         right = pair.prefill.kv[:, list(FROM)].clone()
         pair.expect(T, INTO)
         pair.offer(T)
         pair.compute(T, FROM)
         until(lambda: T in sending._sources and sending._sources[T].fan.done)
-        monkeypatch.setattr(target, name, names[when])
+        monkeypatch.setattr(transport if when == "posted" else sending, name, names[when])
         if when == "begun" and policy == "full":
             monkeypatch.setattr(sending, "completed", late_completed)
         pair.grant(T, INTO)  # last, so that all writes and the seal leave in one go
