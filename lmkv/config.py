@@ -38,6 +38,12 @@ class ConnectorSettings(BaseSettings):
     hold_s: float = Field(
         120.0, gt=0, description="prefill holds KV this long for a grant that does not come or a peer that is silent"
     )
+    quarantine_s: float = Field(
+        600.0,
+        gt=0,
+        description="blocks granted to a peer that is lost, neither answers nor is proven dead, are held this long; "
+        "then the data plane is made anew",
+    )
     pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
 
     min_post_bytes: int = Field(1 << 20, ge=1, description="layers are grouped until a write is this large")
@@ -50,7 +56,12 @@ class ConnectorSettings(BaseSettings):
     convert_dtype: bool = Field(
         False, description="decode: take KV of another dtype and convert it (answers may differ from prefill's dtype)"
     )
-    checksum: bool = Field(True, description="checksum every write of host memory and verify it on arrival")
+    kv_verify: Literal["auto", "off", "sample", "full"] = Field(
+        "auto",
+        description="decode: which writes must carry a checksum that is verified on arrival; auto is full in host "
+        "memory and sample in device memory",
+    )
+    kv_verify_share: float = Field(0.05, ge=0, le=1, description="kv_verify sample: this share of the writes")
     min_remote_tokens: int = Field(16, ge=1, description="fewer missing tokens than this are computed by decode itself")
     pool: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="control addresses of pool nodes to use, tcp://HOST:PORT; the host's own is found among them"

@@ -17,7 +17,7 @@ from .errors import WireError
 from .ids import EngineName, Epoch, Incarnation, Rank, TransferId
 from .layout import Geometry
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -39,6 +39,24 @@ class LayerCard(_Message, frozen=True):
     device: int = 0
 
 
+class ProcessCard(_Message, frozen=True):
+    """A process (lmkv.process): boot of its host, namespace of process ids, and start in clock ticks since boot."""
+
+    host: str = ""
+    namespace: str = ""
+    pid: int = 0
+    started: int = 0
+
+
+class Times(_Message, frozen=True):
+    """An engine's deadlines, s: interval of heartbeats, leases, prefill's hold, decode's wait for a transfer."""
+
+    beat_s: float = 0.5
+    lease_s: float = 10.0
+    hold_s: float = 120.0
+    deadline_s: float = 120.0
+
+
 class WorkerCard(_Message, frozen=True):
     """One worker rank: its control address, its data plane export, its layers in model order."""
 
@@ -58,6 +76,12 @@ class WorkerCard(_Message, frozen=True):
     slots: int = 0
     slot_bytes: int = 0
     """Landing mode: slot i is `slot_bytes` at `slots_address + i * slot_bytes`, of the same memory kind."""
+    checked_ppm: int = 1_000_000
+    """As a receiver: so many writes of a million must carry a checksum (lmkv.vllm.checking)."""
+    checksum: str = "xxh3-64"
+    """The function that this rank can compute over its caches; "": none."""
+    process: ProcessCard = ProcessCard()
+    """The default names none: its end cannot be proved."""
 
 
 class EngineCard(_Message, frozen=True):
@@ -76,6 +100,7 @@ class EngineCard(_Message, frozen=True):
     protocol: int = PROTOCOL
     convert_dtype: bool = False
     """Decode takes KV of another dtype and converts it, which changes the numbers."""
+    times: Times = Times()
 
 
 # --- control plane: pairing ---
@@ -98,13 +123,17 @@ class Met(_Message, frozen=True, tag=True):
 
 
 class Hello(_Message, frozen=True, tag=True):
+    """`pair` numbers the sender's side of the pair, and its grants: another one means that it makes the pair anew."""
+
     card: EngineCard
+    pair: int = 0
 
 
 class Welcome(_Message, frozen=True, tag=True):
-    """The sender has connected and warmed all its workers to the Hello's engine."""
+    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello."""
 
     card: EngineCard
+    pair: int = 0
 
 
 class Refuse(_Message, frozen=True, tag=True):
@@ -117,10 +146,14 @@ class Refuse(_Message, frozen=True, tag=True):
 
 
 class Introduce(_Message, frozen=True, tag=True):
-    """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card."""
+    """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card.
+
+    `pair` is the peer's number of the pair: only its grants with this number are served.
+    """
 
     card: EngineCard
     own: EngineCard
+    pair: int = 0
 
 
 class Introduced(_Message, frozen=True, tag=True):
@@ -129,6 +162,13 @@ class Introduced(_Message, frozen=True, tag=True):
     rank: Rank
     incarnation: Incarnation
     error: str = ""
+
+
+class Replaced(_Message, frozen=True, tag=True):
+    """Worker to its own engine: its data plane was made anew, and all its peers have to connect to this export."""
+
+    rank: Rank
+    export: bytes
 
 
 class Dismiss(_Message, frozen=True, tag=True):
@@ -191,6 +231,10 @@ class Grant(_Message, frozen=True, tag=True):
     landing: bool = False
     """Landing mode: `first_block` and `block_ids` count prefill's blocks, an id other than 0 only says "wanted"; slots
     to write into come with Credit from decode's ranks."""
+    prompt_digest: bytes = b""
+    """Decode's prompt (lmkv.vllm.prompt), 16 bytes. Nothing is written unless it equals prefill's; b"" never does."""
+    pair: int = 0
+    """Decode's number of the pair (Hello). A grant from before the pair was made anew is void."""
 
 
 class Credit(_Message, frozen=True, tag=True):
@@ -282,7 +326,7 @@ class Explained(_Message, frozen=True, tag=True):
 
 
 Control = (
-    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Dismiss | PoolName | PoolNodes | Beat
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Dismiss | PoolName | PoolNodes | Beat
     | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
 )  # fmt: skip
 
@@ -293,8 +337,8 @@ Control = (
 class WriteNote(_Message, frozen=True, tag="w"):
     """Came with a write: layers [layer_lo, layer_hi) of blocks [block_lo, block_hi) of `group` have landed.
 
-    Block indices count from the start of the request. `checksum` is xxh3-64 over the bytes of the write in the order
-    layer, block; 0 when the writer does not checksum (device memory).
+    Block indices count from the start of the request. `checksum` is made before posting over the bytes of the write in
+    the order layer, block; None where the receiver's card demands none for this write.
     """
 
     transfer_id: TransferId
@@ -307,7 +351,7 @@ class WriteNote(_Message, frozen=True, tag="w"):
     block_lo: int
     block_hi: int
     payload_bytes: int
-    checksum: int
+    checksum: int | None
     slot: int = -1
     """Landing mode: the slot that holds the bytes."""
 

@@ -46,6 +46,7 @@ END
   --name NAME          name in logs and ledgers      (default: $role-PORT)
   --lmkv-listen URL    control address, tcp://H:P    (default: tcp://HOST:PORT+10000)
   --lmkv-transport URL data plane                    (default: nixl://)
+  --kv-verify POLICY   checksums that decode demands (default: auto; off, sample, full)
   --pool ADDRESS       pool node, tcp://HOST:PORT; repeatable
   --controller ADDRESS controller, tcp://HOST:PORT; repeatable
 END
@@ -69,12 +70,12 @@ lmkv_parse() {
         lmkv_usage "$role" "$port"
         exit 0
         ;;
-      --model | --host | --port | --name | --lmkv-listen | --lmkv-transport | --pool | --controller)
+      --model | --host | --port | --name | --lmkv-listen | --lmkv-transport | --kv-verify | --pool | --controller)
         (($# >= 2)) || lmkv_fail "$option needs a value · see --help" 2
         value=$2
         shift 2
         ;;
-      --model=* | --host=* | --port=* | --name=* | --lmkv-listen=* | --lmkv-transport=* | --pool=* | --controller=*)
+      --model=* | --host=* | --port=* | --name=* | --lmkv-listen=* | --lmkv-transport=* | --kv-verify=* | --pool=* | --controller=*)
         value=${option#*=}
         option=${option%%=*}
         shift
@@ -92,6 +93,7 @@ lmkv_parse() {
       --name) name=$value ;;
       --lmkv-listen) listen=$value ;;
       --lmkv-transport) transport=$value ;;
+      --kv-verify) kv_verify=$value ;;
       --pool) pools+=("$value") ;;
       --controller) controllers+=("$value") ;;
     esac
@@ -173,6 +175,7 @@ lmkv_connector() {
   # Given here they replace LMKV_POOL and LMKV_CONTROLLER, which the connector would otherwise read itself.
   ((${#pools[@]} == 0)) || printf ',"pool":"%s"' "$(lmkv_join "${pools[@]}")"
   ((${#controllers[@]} == 0)) || printf ',"controller":"%s"' "$(lmkv_join "${controllers[@]}")"
+  [[ -z $kv_verify ]] || printf ',"kv_verify":"%s"' "$kv_verify"
   printf '}}'
 }
 
@@ -211,7 +214,7 @@ lmkv_launch() {
   local transport=${LMKV_TRANSPORT:-nixl://} engine_pid="" warm_pid="" passed=() engine=() last
   local default_model=${LMKV_MODELS:-$lmkv_root/models}/SmolLM2-135M-Instruct
   local python=${LMKV_PYTHON:-${LMKV_VENV:-$lmkv_root/.venv}/bin/python}
-  local ready_file=${LMKV_READY_FILE:-} pools=() controllers=()
+  local ready_file=${LMKV_READY_FILE:-} pools=() controllers=() kv_verify=""
   local stop_timeout_s=${LMKV_STOP_TIMEOUT_S:-20} start_timeout_s=${LMKV_START_TIMEOUT_S:-1800}
   [[ $role != decode ]] || port=8200
   [[ $role != engine ]] || port=8000
@@ -227,6 +230,7 @@ lmkv_launch() {
   unset "${LMKV_SCRIPT_VARIABLES[@]}"
   ((${#pools[@]} == 0)) || unset LMKV_POOL
   ((${#controllers[@]} == 0)) || unset LMKV_CONTROLLER
+  [[ -z $kv_verify ]] || unset LMKV_KV_VERIFY
 
   trap 'lmkv_signalled 15' TERM
   trap 'lmkv_signalled 2' INT

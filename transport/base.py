@@ -28,10 +28,11 @@ Rules every back end keeps, checked by one conformance suite (`tests/transport`)
 5. **Bounds.** Extents outside registered memory raise ExtentError at the caller before anything moves. Where
    `capabilities.target_checks_bounds`, the target also refuses them (Completion with ExtentError), whatever the
    caller claims.
-6. **Death.** When a peer's process dies, its operations complete with PeerLostError, then `PeerLost(peer)` follows.
-   A peer that is stuck or unreachable gives nothing: deadlines are the caller's.
+6. **Loss.** When a peer's process dies, or the connection to it is reset, operations complete with PeerLostError, then
+   `PeerLost(peer)` follows. It does not prove a death, and only with `capabilities.loss_is_fence` that nothing of the
+   peer's own operations lands any more. A peer that is stuck or unreachable gives nothing: deadlines are the caller's.
 7. **Names.** `PeerId` is the name given at construction, unique in time (it carries the incarnation). Connecting the
-   same name twice raises StateError; after `disconnect` or PeerLost a new peer with a new name is connected instead.
+   same name twice raises StateError; after `disconnect` or PeerLost a peer that is still there may be connected anew.
 8. **Thread.** One thread owns a transport: all calls come from it, the first call after construction decides which.
    No call blocks for longer than its own copying.
 """
@@ -42,7 +43,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, NewType
 
-from lmkv.errors import TransportError
+from lmkv.errors import StateError, TransportError
 
 from .extents import Extents, MemoryKind
 
@@ -70,6 +71,9 @@ class Capabilities:
     """The target's CPU takes no part in a write (it may still have to poll to make progress)."""
     target_checks_bounds: bool
     cross_process: bool
+    loss_is_fence: bool = False
+    """After PeerLost nothing of that peer's operations lands here either (until it is connected anew), whether its
+    process is dead or not. Without it PeerLost only says that our connection has ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +94,7 @@ class Notification:
 
 @dataclass(frozen=True, slots=True)
 class PeerLost:
-    """The peer's process is dead or has closed; all its operations have completed."""
+    """The connection to the peer has ended (see rule 6); all operations to it have completed."""
 
     peer: PeerId
     reason: str
@@ -157,6 +161,15 @@ class Transport(ABC):
     @abstractmethod
     def disconnect(self, peer: PeerId) -> None:
         """Forget a peer. Raises StateError while operations to it are in flight, or if it is unknown."""
+
+    def replace(self, name: str) -> tuple[list[OpId], list[PeerId]]:
+        """Start over under a new name with the same memory: no connection made before can write to it any more.
+
+        Returns the operations whose Completion will not come (what of them is on its way may still land at the peer for
+        a while) and the peers, which have to be connected anew after a new `export`. Raises StateError where the back
+        end cannot do it, SchemeError when it fails; the transport is closed then.
+        """
+        raise StateError(f"{self.scheme}:// cannot be made anew", hint="restart this engine")
 
     @abstractmethod
     def close(self) -> None:

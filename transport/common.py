@@ -211,6 +211,10 @@ class OpTable(Generic[T]):
     def in_flight(self) -> int:
         return len(self.flying) + len(self._settled)
 
+    def unsettled(self) -> list[OpId]:
+        """Operations whose Completion has not been handed out."""
+        return [*self.flying, *(completion.op for completion, _, _ in self._settled)]
+
     def clear(self) -> list[T]:
         """Forget everything; gives back all states, for `close` and `abort`."""
         states = [state for _, state in self.flying.values()]

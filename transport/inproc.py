@@ -120,7 +120,11 @@ class InprocTransport(Transport):
 
     scheme: ClassVar[str] = "inproc"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        kinds=frozenset({MemoryKind.DRAM}), one_sided=True, target_checks_bounds=True, cross_process=False
+        kinds=frozenset({MemoryKind.DRAM}),
+        one_sided=True,
+        target_checks_bounds=True,
+        cross_process=False,
+        loss_is_fence=True,
     )
 
     def __init__(self, name: str, netloc: str = "", options: Mapping[str, str] | None = None) -> None:

@@ -21,8 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -50,6 +49,7 @@ from .common import (
     parse_options,
 )
 from .extents import Extents, MemoryKind
+from .nixl_agent import open_agent
 
 
 def _import_nixl() -> tuple[Any, Any]:
@@ -81,57 +81,7 @@ _NIXL_ERRORS: tuple[type[Exception], ...] = tuple(
 
 _START_ERRORS: tuple[type[Exception], ...] = (*_NIXL_ERRORS, RuntimeError)
 
-_EVENT_DELAY_US = 1000
-"""Ceiling on the event-driven progress thread's sleep; UCX wakes it earlier when there is work."""
-
 _SPLIT_BATCH_SIZE = 64
-
-
-@contextmanager
-def _event_driven() -> Iterator[list[int]]:
-    """While inside, agents get a progress thread that sleeps; yields a list that holds the delays given to it.
-
-    The wrapper always assigns `pthrDelay = 0`, which makes the thread spin a core. Empty on exit: it did not take.
-    """
-    taken: list[int] = []
-    original = _bindings.nixlAgentConfig
-
-    class SleepingConfig(original):  # type: ignore[misc, valid-type]
-        def __setattr__(self, name: str, value: object) -> None:
-            if name == "pthrDelay":
-                value = _EVENT_DELAY_US
-                taken.append(_EVENT_DELAY_US)
-            super().__setattr__(name, value)
-
-    _bindings.nixlAgentConfig = SleepingConfig
-    try:
-        yield taken
-    finally:
-        _bindings.nixlAgentConfig = original
-
-
-def _event_possible() -> bool:
-    """Whether this NIXL lets the delay be set and keeps it."""
-    try:
-        config = _bindings.nixlAgentConfig()
-        config.pthrDelay = _EVENT_DELAY_US
-        return bool(config.pthrDelay == _EVENT_DELAY_US)
-    except (AttributeError, TypeError) as error:
-        _log.debug("nixlAgentConfig.pthrDelay cannot be set: %s", error)
-        return False
-
-
-def _open_agent(name: str, progress: str) -> tuple[Any, str]:
-    """The agent without back ends, and the progress mode it really has."""
-    if progress == "event" and _event_possible():
-        with _event_driven() as taken:
-            agent = _api.nixl_agent(name, _api.nixl_agent_config(enable_prog_thread=True, backends=[]))
-        if taken:
-            return agent, "event"
-        del agent
-    if progress == "event":
-        _log.warning("this NIXL's progress thread would spin a core; nixl:// falls back to progress=poll")
-    return _api.nixl_agent(name, _api.nixl_agent_config(enable_prog_thread=False, backends=[])), "poll"
 
 
 class NixlTransport(Transport):
@@ -163,12 +113,13 @@ class NixlTransport(Transport):
             split = int_option(self.scheme, options, "split_batch_size", _SPLIT_BATCH_SIZE, 1, 1 << 20)
             init |= {"num_threads": str(threads), "split_batch_size": str(split)}
         try:
-            self._agent, self.progress = _open_agent(name, progress)
+            self._agent, self.progress = open_agent(_api, _bindings, name, progress)
             self._agent.create_backend("UCX", init)
         except _START_ERRORS as error:
             raise SchemeError(
                 f"NIXL's UCX plug-in does not start: {_text(error)}", hint="look at UCX_TLS and UCX_NET_DEVICES"
             ) from error
+        self._init = init
         self._owner = OwnerThread(f"nixl transport {name}")
         self._closed = False
         self._regions: list[Region] = []
@@ -352,6 +303,27 @@ class NixlTransport(Transport):
         except _NIXL_ERRORS as error:
             # NIXL keeps such a handle and frees it with the agent; the operation itself is over for the caller.
             _log.warning("NIXL did not release %r: %s", handle, _text(error))
+
+    # --- a new agent ---
+
+    def replace(self, name: str) -> tuple[list[OpId], list[PeerId]]:
+        """As the contract. The old agent's sockets are closed and its keys void, so nothing lands through it any more;
+        a process of this host that copies by CMA or CUDA IPC needs neither."""
+        self._open()
+        ops, peers = self._ops.unsettled(), list(self._peers)
+        self._end()
+        self._peers.clear()
+        self._lost.clear()
+        try:
+            self._agent, self.progress = open_agent(_api, _bindings, name, self.progress)
+            self._agent.create_backend("UCX", self._init)
+            for region in self._regions:
+                row = [(region.address, region.bytes, region.device, "")]
+                self._agent.register_memory(row, region.kind.value, backends=["UCX"])
+        except _START_ERRORS as error:
+            raise SchemeError(f"no new NIXL agent: {_text(error)}", hint="restart this engine") from error
+        self.name, self._closed = PeerId(name), False
+        return ops, peers
 
     # --- the end ---
 

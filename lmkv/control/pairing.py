@@ -59,12 +59,16 @@ class _Address:
     refused: str = ""
     refused_s: float = float("-inf")
     waiters: list[tuple[bytes, str]] = field(default_factory=list)
+    pair: int = 1
+    """Our number of the pair: one more each time that we have lost it."""
 
 
 @dataclass(slots=True)
 class _Peer:
     card: wire.EngineCard
     introduced: set[Rank] = field(default_factory=set)
+    pair: int = 0
+    """Its number of the pair."""
     ready: bool = False
     owes_welcome: bool = False
     unlike: str = ""
@@ -114,7 +118,8 @@ class Pairing:
         self.card = card
         for peer in self._peers.values():
             self._judged(peer.card, self._refusal(peer.card))
-        return [ToEngine(peer.card.address, wire.Hello(card)) for peer in self._peers.values()]
+        addresses = [peer.card.address for peer in self._peers.values()]
+        return [ToEngine(address, wire.Hello(card, self.number(address))) for address in addresses]
 
     def want(self, address: str, now_s: float, waiter: tuple[bytes, str] | None = None) -> list[Action]:
         """Someone needs the engine at `address`. A waiter (identity, token) gets a Met when it is decided."""
@@ -128,30 +133,35 @@ class Pairing:
             entry.waiters = [*entry.waiters[-15:], waiter]
         if state is PairState.PENDING and now_s - entry.hello_s >= HELLO_EVERY_S:
             entry.hello_s = now_s
-            return [ToEngine(address, wire.Hello(self.card))]
+            return [ToEngine(address, wire.Hello(self.card, entry.pair))]
         return []
 
-    def hello(self, card: wire.EngineCard) -> list[Action]:
+    def number(self, address: str) -> int:
+        """Ours of the pair with the engine at `address`, for grants."""
+        entry = self._addresses.get(address)
+        return entry.pair if entry is not None else 0
+
+    def hello(self, card: wire.EngineCard, pair: int = 0) -> list[Action]:
         refusal = self._refusal(card)
         known = self._judged(card, refusal)
         if refusal is not None:
             self._note_refusal(card.address, refusal.reason)
             return [ToEngine(card.address, refusal)]
-        if known is not None and known.ready:
-            return [ToEngine(card.address, wire.Welcome(self.card))]
-        actions = self._admit(card)
+        if known is not None and known.ready and known.pair == pair:
+            return [self._welcome(card.address)]
+        actions = self._admit(card, pair)
         self._peers[card.incarnation].owes_welcome = True
         return actions
 
-    def welcome(self, card: wire.EngineCard) -> list[Action]:
+    def welcome(self, card: wire.EngineCard, pair: int = 0) -> list[Action]:
         refusal = self._refusal(card)
         if refusal is not None:
             self._judged(card, refusal)
             return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
         known = self._judged(card, None)
-        if known is not None:
+        if known is not None and known.pair == pair:
             return self._tell_waiters(card.address, "") if known.ready else []
-        return self._admit(card)
+        return self._admit(card, pair)
 
     def refuse(self, address: str, reason: str) -> list[Action]:
         """The engine at `address` says no. It may have compared with a card that is newer than the one known here."""
@@ -176,8 +186,25 @@ class Pairing:
             return self._tell_waiters(peer.card.address, peer.unlike)
         actions: list[Action] = []
         if peer.owes_welcome:
-            actions.append(ToEngine(peer.card.address, wire.Welcome(self.card)))
+            actions.append(self._welcome(peer.card.address))
         return actions + self._tell_waiters(peer.card.address, "")
+
+    def replaced(self, rank: Rank, export: bytes) -> tuple[list[Action], list[str]]:
+        """A worker's data plane was made anew: all pairs are void. Returns also the addresses to pair with again."""
+        workers = tuple(
+            msgspec.structs.replace(worker, export=export) if worker.rank == rank else worker
+            for worker in self.card.workers
+        )
+        self.card = msgspec.structs.replace(self.card, workers=workers)
+        actions: list[Action] = [ToWorkers(wire.Dismiss(incarnation, dead=False)) for incarnation in self._peers]
+        addresses = [peer.card.address for peer in self._peers.values()]
+        self._peers.clear()
+        for address in addresses:
+            entry = self._addresses[address]
+            entry.incarnation = None
+            entry.hello_s = float("-inf")
+            entry.pair += 1
+        return actions, addresses
 
     # --- inside ---
 
@@ -197,22 +224,31 @@ class Pairing:
             peer.unlike = refusal.reason if refusal is not None else ""
         return peer
 
-    def _admit(self, card: wire.EngineCard) -> list[Action]:
+    def _welcome(self, address: str) -> Action:
+        return ToEngine(address, wire.Welcome(self.card, self.number(address)))
+
+    def _admit(self, card: wire.EngineCard, pair: int) -> list[Action]:
+        """A new peer, or one that has lost us: what was granted in the old pair is void, the workers part first."""
         entry = self._addresses.setdefault(card.address, _Address())
         actions: list[Action] = []
         if entry.incarnation not in (None, card.incarnation):
             assert entry.incarnation is not None
             self._peers.pop(entry.incarnation, None)
             actions.append(ToWorkers(wire.Dismiss(entry.incarnation, dead=False)))
+        known = self._peers.get(card.incarnation)
+        if known is not None and (known.pair, known.card) != (pair, card):
+            del self._peers[card.incarnation]
+            actions.append(ToWorkers(wire.Dismiss(card.incarnation, dead=False)))
         entry.incarnation, entry.refused = card.incarnation, ""
-        self._peers.setdefault(card.incarnation, _Peer(card))
-        return [*actions, ToWorkers(wire.Introduce(card, self.card))]
+        self._peers.setdefault(card.incarnation, _Peer(card, pair=pair))
+        return [*actions, ToWorkers(wire.Introduce(card, self.card, pair))]
 
     def _forget(self, incarnation: Incarnation, dead: bool, reason: str, now_s: float) -> list[Action]:
         peer = self._peers.pop(incarnation)
         actions: list[Action] = [ToWorkers(wire.Dismiss(incarnation, dead))]
         entry = self._addresses[peer.card.address]
         entry.incarnation, entry.hello_s = None, now_s
+        entry.pair += 1
         if not peer.ready:
             actions += self._refused_by(peer.card.address, reason)
             entry.refused_s = now_s

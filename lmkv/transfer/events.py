@@ -30,6 +30,32 @@ class Rect:
     block_hi: int
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt that a transfer is bound to, as one engine sees it.
+
+    `digest`: 16 bytes over everything the KV depends on (lmkv.vllm.prompt), or b"" where the engine does not know it;
+    two unknown digests are not equal. `tokens`: the prompt's length.
+    """
+
+    digest: bytes
+    tokens: int
+
+    def differs(self, other: Prompt) -> str:
+        """Why KV of `self` (prefill) must not be used for `other` (decode); "" when both are the same prompt."""
+        if self.tokens != other.tokens:
+            return f"{PROMPT_DIFFERS}: {self.tokens} tokens at prefill, {other.tokens} at decode"
+        if not self.digest or not other.digest:
+            side = "prefill" if not self.digest else "decode"
+            return f"{PROMPT_FAULT}{side} does not know all that its KV depends on (the content of a LoRA adapter)"
+        return "" if self.digest == other.digest else f"{PROMPT_DIFFERS} (or its images, adapter or salt differ)"
+
+
+PROMPT_FAULT = "prompt: "
+"""How each reason begins that means: the two engines do not have the same prompt under this transfer id."""
+PROMPT_DIFFERS = f"{PROMPT_FAULT}the engines tokenized it differently"
+
+
 # --- events both machines take ---
 
 
@@ -42,10 +68,15 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class PeerGone:
-    """`dead`: proven (its process is gone and the connection drained), so nothing of it can land; else only silent."""
+    """`dead`: its process is proven to be gone, and what it had sent is drained; it never comes back.
+
+    `fenced`: nothing that it was granted or had posted until now can land any more, but it may come back and be granted
+    again. Neither: it is only silent, and may still write.
+    """
 
     peer: Peer
     dead: bool
+    fenced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +93,7 @@ class Offer:
 
     transfer_id: TransferId
     request_id: RequestId
+    prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +120,17 @@ class Withdraw:
 
 
 @dataclass(frozen=True, slots=True)
+class Revoke:
+    """The request's blocks are being overwritten though writes may be in flight: the transfer fails for good.
+
+    The shell tells it before any WriteDone that it has not seen before the overwriting began.
+    """
+
+    transfer_id: TransferId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Preempted:
     """The engine takes the request's blocks away and will compute it again (Computed and PromptDone come again).
 
@@ -101,14 +144,21 @@ class Preempted:
 class Granted:
     """A Grant arrived. `blocks[g]` = [first, last) request blocks of group g that the grant covers.
 
-    `slot_bytes` > 0: landing mode. Nothing is posted without a slot (Credited), and no post is larger than one.
+    `prompt` is decode's. `slot_bytes` > 0: landing mode. Nothing is posted without a slot (Credited), and no post is
+    larger than one.
     """
 
     peer: Peer
     transfer_id: TransferId
     epoch: Epoch
     blocks: tuple[tuple[int, int], ...]
+    prompt: Prompt
     slot_bytes: int = 0
+    wait_s: float = 0.0
+    """Decode waits this long for the transfer, so its offer may come as late."""
+    all_checked: bool = True
+    """The receiver verifies a checksum of every write. Otherwise what is in flight must not count: the seal waits until
+    every write is done, and a transfer that is revoked before has no seal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +215,8 @@ class PostWrite:
     rect: Rect
     slot: int = -1
     """Where it lands in landing mode; -1: in the granted blocks."""
+    attempt: int = 0
+    """1: the rectangle's first write has failed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +291,7 @@ class Expect:
 
 @dataclass(frozen=True, slots=True)
 class Landed:
-    """A WriteNote arrived and its checksum is right (`valid`) or wrong."""
+    """A WriteNote arrived. `fault`: what is wrong with the bytes ("is corrupt"), or ""."""
 
     peer: Peer
     transfer_id: TransferId
@@ -247,7 +299,7 @@ class Landed:
     seq: int
     rect: Rect
     payload_bytes: int
-    valid: bool = True
+    fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,6 +378,7 @@ SenderEvent = (
     | Computed
     | PromptDone
     | Withdraw
+    | Revoke
     | Preempted
     | Granted
     | Credited

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from lmkv.ids import Rank, RequestId, TransferId
 
-from .events import Computed, Offer, Preempted, PromptDone, Rect, SenderEvent, Withdraw
+from .events import Computed, Offer, Preempted, Prompt, PromptDone, Rect, Revoke, SenderEvent, Withdraw
 
 
 @dataclass(slots=True)
@@ -21,11 +21,15 @@ class Fan:
 
     transfer_id: TransferId
     request_id: RequestId | None = None
+    prompt: Prompt | None = None
+    """With `request_id`: what was offered."""
     computed: list[Rect] = field(default_factory=list)
     done: bool = False
     lanes: dict[Rank, TransferId] = field(default_factory=dict)
     """Decode rank → lane. Empty until the first grant: then the transfer's own id is the only lane."""
     ended: set[TransferId] = field(default_factory=set)
+    stopped: str = ""
+    """Why nothing of it is sent any more (withdrawn, revoked)."""
 
     @property
     def ids(self) -> list[TransferId]:
@@ -51,15 +55,18 @@ class Fan:
             self.lanes[rank] = lane
             if first:
                 continue  # it has been there from the start
-            if self.request_id is not None:
-                events.append(Offer(lane, self.request_id))
+            if self.request_id is not None and self.prompt is not None:
+                events.append(Offer(lane, self.request_id, self.prompt))
+                if self.stopped:
+                    events.append(Withdraw(lane, self.stopped))
+                    continue
                 events += [Computed(lane, rect) for rect in self.computed]
                 events += [PromptDone(lane)] if self.done else []
         return events
 
-    def offer(self, request_id: RequestId) -> list[SenderEvent]:
-        self.request_id = request_id
-        return [Offer(lane, request_id) for lane in self.ids]
+    def offer(self, request_id: RequestId, prompt: Prompt) -> list[SenderEvent]:
+        self.request_id, self.prompt = request_id, prompt
+        return [Offer(lane, request_id, prompt) for lane in self.ids]
 
     def compute(self, rect: Rect) -> list[SenderEvent]:
         self.computed.append(rect)
@@ -74,7 +81,12 @@ class Fan:
         self.done = False
         return [Preempted(lane) for lane in self.ids]
 
+    def revoke(self, reason: str) -> list[SenderEvent]:
+        self.stopped = reason
+        return [Revoke(lane, reason) for lane in self.ids]
+
     def withdraw(self, reason: str) -> list[SenderEvent]:
+        self.stopped = reason
         return [Withdraw(lane, reason) for lane in self.ids]
 
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 from math import inf
 
 from lmkv.errors import ConfigError
-from lmkv.ids import Epoch, TransferId
+from lmkv.ids import Epoch, RequestId, TransferId
 
 from .events import CancelledCame, Expect, FailedCame, Landed, Peer, ReceiveOutcome, Rect, Sealed
 from .rects import Coverage, cells_of
@@ -110,6 +110,8 @@ class Incoming:
     phase: Phase = Phase.LOADING
     outcome: ReceiveOutcome = ReceiveOutcome.LOADED
     reason: str = ""
+    also: list[RequestId] = field(default_factory=list)
+    """Other requests that came with this transfer id while it was in use: failed, and drained with it."""
     grace_end_s: float = inf
     resend_s: float = inf
     expires_s: float = inf
@@ -133,7 +135,8 @@ class Early:
 
 @dataclass(slots=True)
 class WriterLife:
-    """One prefill rank, whatever it writes. Death is remembered for ever: an incarnation dies once, and seldom."""
+    """One prefill rank, whatever it writes. A proven death is remembered for ever (an incarnation dies once, and
+    seldom); one that was only cut off may be granted again as soon as it is heard."""
 
     lease_end_s: float = -inf
     dead: bool = False

@@ -10,7 +10,7 @@ from math import inf
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, RequestId, TransferId
 
-from .events import Credited, Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
+from .events import Credited, Granted, Peer, PostWrite, Prompt, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
 from .rects import Coverage, cells_of, split_rect
 
 
@@ -18,8 +18,8 @@ from .rects import Coverage, cells_of, split_rect
 class SenderLimits:
     """`layer_block_bytes[g]` is one block of one layer of group g, `layers[g]` the layers of group g on this rank.
 
-    Without checksums (device memory) keep `lease_s + hold_s` above the receiver's `deadline_s`: after PEER_LOST the
-    source of a write that is still in flight may be overwritten, and only a receiver that has given up is safe then.
+    After PEER_LOST the source of a write that is still in flight may be overwritten. It never counts: its checksum is
+    wrong, or its transfer is not sealed (`Granted.all_checked`).
     """
 
     layer_block_bytes: tuple[int, ...]
@@ -32,6 +32,7 @@ class SenderLimits:
     hold_s: float = 30.0
     """How long a finished prompt waits for its grant, and a granted one for a peer whose lease is over."""
     early_grant_s: float = 60.0
+    """How long what comes before its Offer is kept; a grant as long as its receiver waits, if that is longer."""
     max_early: int = 4096
     tombstone_s: float = 120.0
 
@@ -107,6 +108,8 @@ class Outgoing:
     born_s: float
     phase: Phase = Phase.EARLY
     request_id: RequestId | None = None
+    prompt: Prompt | None = None
+    """The offer's; None until it comes."""
     life: int = 0
     """Counts preemptions: a write of an older life cannot be retried."""
     computed: Coverage = field(default_factory=Coverage)
@@ -153,6 +156,13 @@ class Outgoing:
         if slot >= 0:
             self.slots.append(slot)
 
+    def foreign(self) -> str:
+        """Why the grant is not for the prompt that was offered; "" when it is, or while one of the two is missing.
+
+        Nothing is posted before both are there: what is computed counts only once it is offered.
+        """
+        return self.prompt.differs(self.grant.prompt) if self.prompt is not None and self.grant is not None else ""
+
     def takes(self, event: Credited) -> bool:
         """The slots are for the grant that is being served."""
         grant = self.grant
@@ -168,7 +178,7 @@ class Outgoing:
         if attempt == 0:
             self.writes += 1
             self.bytes += size
-        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect, slot)
+        return PostWrite(self.grant.peer, self.transfer_id, self.grant.epoch, seq, rect, slot, attempt)
 
     def verdict(self, limits: SenderLimits) -> str | None:
         """None: not everything is announced or posted yet. "": all granted cells are posted. Else why never."""
@@ -178,6 +188,11 @@ class Outgoing:
         if self.taken.cells != granted:
             return f"incomplete: {self.taken.cells} of {granted} granted cells were computed"
         return None if self.queued else ""
+
+    @property
+    def may_seal(self) -> bool:
+        """Nothing is in flight that would count without having been seen to complete."""
+        return self.grant is not None and (self.grant.all_checked or not self.flights)
 
     def seal(self) -> SendSeal:
         """Says what the receiver has to count; a retry after it changes nothing in it."""
@@ -217,7 +232,7 @@ class Outgoing:
         """When something has to happen if nothing else does; `lease_end_s` is the granted peer's."""
         match self.phase:
             case Phase.EARLY:
-                return self.born_s + limits.early_grant_s
+                return self.born_s + max(limits.early_grant_s, self.grant.wait_s if self.grant is not None else 0.0)
             case Phase.OVER:
                 return None if self.flights else self.expires_s
         if self.grant is None:

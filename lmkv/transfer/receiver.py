@@ -16,6 +16,7 @@ from math import inf
 from lmkv.ids import Epoch, TransferId
 
 from .events import (
+    PROMPT_FAULT,
     Abandon,
     CancelledCame,
     Drained,
@@ -67,6 +68,11 @@ class Receiver:
         grant = self._grants.get((transfer_id, epoch))
         return [writer.peer for writer in grant.undrained] if grant else []
 
+    def holds(self, peer: Peer) -> bool:
+        """Something of ours may still be written by this peer."""
+        open_ = [grant.writers.get(peer) for grant in self._grants.values() if grant.phase is not Phase.OVER]
+        return any(writer is not None and not writer.drained for writer in open_)
+
     def landed_bytes(self, transfer_id: TransferId, epoch: Epoch) -> int:
         grant = self._grants.get((transfer_id, epoch))
         return sum(writer.bytes for writer in grant.writers.values()) if grant else 0
@@ -89,8 +95,8 @@ class Receiver:
                 self._expect(event, now_s)
             case Abandon(tid):
                 self._abandon(tid, now_s)
-            case PeerGone(peer, dead):
-                self._peer_gone(peer, dead, now_s)
+            case PeerGone(peer, dead, fenced):
+                self._peer_gone(peer, dead, fenced, now_s)
             case Tick():
                 self._tick(now_s)
         out, self._out = self._out, []
@@ -100,8 +106,8 @@ class Receiver:
 
     def _expect(self, event: Expect, now_s: float) -> None:
         key = (event.transfer_id, event.epoch)
-        if key in self._grants:
-            self.counters.duplicates += 1
+        known = self._grants.get(key)
+        if known is not None and not self._reused(known, event):
             return
         expected = Coverage()
         for rect in event.rects:
@@ -117,7 +123,10 @@ class Receiver:
         self._supersede(event, now_s)
         early = self._early.pop(key, Early(now_s))
         self._early_notes -= len(early.notes)
-        if not event.writers and expected.cells:
+        if known is not None:
+            reason = f"the transfer id was used before, by request {known.expect.request_id}"
+            self._fail(grant, reason, now_s)
+        elif not event.writers and expected.cells:
             self._fail(grant, "nobody was asked to write", now_s)
         elif any(writer.drained for writer in grant.writers.values()):
             self._fail(grant, "peer lost: a writer is dead", now_s)
@@ -126,6 +135,20 @@ class Receiver:
         for note in early.notes:
             self._note(note, now_s)
         self._arm(grant)
+
+    def _reused(self, known: Incoming, event: Expect) -> bool:
+        """A second Expect of one grant. True: it comes from another request after the first is over; its writers are
+        cancelled like any others'. While the first is not over, the second shares its end."""
+        if known.expect == event or event.request_id in known.also:
+            self.counters.duplicates += 1
+            return False
+        if known.phase is Phase.OVER:
+            return True
+        known.also.append(event.request_id)
+        reason = f"the transfer id is in use by request {known.expect.request_id}"
+        failed = ReceiveOutcome.FAILED
+        self._out.append(Report(event.transfer_id, event.request_id, failed, False, reason, event.epoch))
+        return False
 
     def _supersede(self, event: Expect, now_s: float) -> None:
         """A newer epoch: the older ones of this transfer will not be loaded any more."""
@@ -164,7 +187,10 @@ class Receiver:
             case Sealed():
                 self._sealed(grant, writer, event, now_s)
             case FailedCame():
-                self._answered(grant, writer, f"rank {writer.peer.rank} failed: {event.reason}", now_s)
+                why = event.reason
+                if not why.startswith(PROMPT_FAULT):
+                    why = f"rank {writer.peer.rank} failed: {why}"
+                self._answered(grant, writer, why, now_s)
             case CancelledCame():
                 self._answered(grant, writer, f"rank {writer.peer.rank} says it was cancelled", now_s)
 
@@ -190,9 +216,9 @@ class Receiver:
             self.counters.late_writes += 1
             self.counters.writes_after_cancelled += writer.answered
             return
-        if not event.valid:
+        if event.fault:
             self.counters.checksum_failures += 1
-            why = f"checksum: {event.rect} of rank {writer.peer.rank} is corrupt"
+            why = f"checksum: {event.rect} of rank {writer.peer.rank} {event.fault}"
         else:
             why = writer.land(event.rect, event.payload_bytes, grant.expected)
         if why:
@@ -238,7 +264,7 @@ class Receiver:
             life.lease_end_s = now_s + self.limits.lease_s
         self._timers.arm(peer, life.lease_end_s + self.limits.tombstone_s)
 
-    def _peer_gone(self, peer: Peer, dead: bool, now_s: float) -> None:
+    def _peer_gone(self, peer: Peer, dead: bool, fenced: bool, now_s: float) -> None:
         life = self._peers.setdefault(peer, WriterLife())
         life.dead |= dead
         life.lease_end_s = now_s
@@ -247,9 +273,10 @@ class Receiver:
             writer = grant.writers[peer]
             if writer.drained:
                 continue
-            writer.drained = dead
+            writer.drained = dead or fenced
             if grant.phase is Phase.LOADING:
-                self._fail(grant, f"peer lost: rank {peer.rank} is {'dead' if dead else 'silent'}", now_s)
+                what = "dead" if dead else "cut off" if fenced else "silent"
+                self._fail(grant, f"peer lost: rank {peer.rank} is {what}", now_s)
             else:
                 self._settle(grant, now_s)
 
@@ -291,6 +318,8 @@ class Receiver:
             grant.phase, grant.grace_end_s = Phase.QUARANTINED, inf
 
     def _close(self, grant: Incoming, now_s: float) -> None:
+        for request_id in grant.also:
+            self._out.append(Drained(grant.expect.transfer_id, request_id, grant.expect.epoch))
         grant.phase = Phase.OVER
         grant.expires_s = now_s + self.limits.tombstone_s
         grant.expected = Coverage()

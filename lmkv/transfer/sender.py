@@ -2,9 +2,11 @@
 
 Invariants (tests/protocol checks each):
 
+* nothing is posted for a grant whose prompt is not the offered one: such a transfer fails ("prompt: …");
 * exactly one Finished per Offer; every tid is OVER in bounded time after PromptDone or Withdraw;
 * a cell is posted at most once an epoch, but for the one retry of a failed write, which is the same rectangle;
 * nothing is posted when the lease is over, the window is full, the epoch is old, or the transfer is ending;
+* without checksums of all writes, a seal is sent only once they are done, and never after a Revoke;
 * SendCancelled and SendFailed are true when they are sent: nothing of that epoch or an older one is in flight;
 * a record with writes in flight is never forgotten, so an unknown tid has none and its Cancel is answered at once.
 """
@@ -15,27 +17,7 @@ from math import inf
 
 from lmkv.ids import TransferId
 
-from .events import (
-    CancelCame,
-    Computed,
-    Credited,
-    Finished,
-    Granted,
-    Heard,
-    NotNeededCame,
-    Offer,
-    Peer,
-    PeerGone,
-    Preempted,
-    PromptDone,
-    SenderAction,
-    SenderEvent,
-    SendFailed,
-    SendOutcome,
-    Tick,
-    Withdraw,
-    WriteDone,
-)
+from . import events as ev
 from .lanes import Lane, Lanes, Queued
 from .outgoing import Debt, Flight, Outgoing, Phase, SenderCounters, SenderLimits
 from .rects import is_proper
@@ -51,11 +33,11 @@ class Sender:
         self.limits = limits
         self.counters = SenderCounters()
         self._transfers: dict[TransferId, Outgoing] = {}
-        self._timers: Timers[TransferId | Peer] = Timers()
+        self._timers: Timers[TransferId | ev.Peer] = Timers()
         self._lanes = Lanes(limits, self._timers)
         self._active = 0
         self._unoffered = 0
-        self._out: list[SenderAction] = []
+        self._out: list[ev.SenderAction] = []
 
     # --- read-only views ---
 
@@ -74,11 +56,11 @@ class Sender:
         transfer = self._transfers.get(transfer_id)
         return len(transfer.flights) if transfer else 0
 
-    def in_flight_bytes(self, peer: Peer) -> int:
+    def in_flight_bytes(self, peer: ev.Peer) -> int:
         lane = self._lanes.find(peer)
         return lane.inflight_bytes if lane else 0
 
-    def queued(self, peer: Peer) -> int:
+    def queued(self, peer: ev.Peer) -> int:
         """Rectangles that wait for the peer's lease or window."""
         lane = self._lanes.find(peer)
         return len(lane.queue) if lane else 0
@@ -89,63 +71,65 @@ class Sender:
 
     # --- the machine ---
 
-    def handle(self, event: SenderEvent, now_s: float) -> list[SenderAction]:
+    def handle(self, event: ev.SenderEvent, now_s: float) -> list[ev.SenderAction]:
         self._out = []
         match event:
-            case WriteDone():
+            case ev.WriteDone():
                 self._write_done(event, now_s)
-            case Computed():
+            case ev.Computed():
                 self._computed(event, now_s)
-            case Heard(peer):
+            case ev.Heard(peer):
                 self._pump(self._lanes.renew(peer, now_s), now_s)
-            case Offer():
+            case ev.Offer():
                 self._offer(event, now_s)
-            case Granted():
+            case ev.Granted():
                 self._granted(event, now_s)
-            case Credited():
+            case ev.Credited():
                 self._credited(event, now_s)
-            case PromptDone(tid):
+            case ev.PromptDone(tid):
                 self._prompt_done(tid, now_s)
-            case Withdraw(tid, reason):
+            case ev.Withdraw(tid, reason):
                 if transfer := self._live(tid):
-                    self._end(transfer, SendOutcome.WITHDRAWN, reason, now_s)
-            case Preempted(tid):
+                    self._end(transfer, ev.SendOutcome.WITHDRAWN, reason, now_s)
+            case ev.Revoke(tid, reason):
+                self._revoke(tid, reason, now_s)
+            case ev.Preempted(tid):
                 self._preempted(tid, now_s)
-            case NotNeededCame(tid, reason):
+            case ev.NotNeededCame(tid, reason):
                 self._not_needed(tid, reason, now_s)
-            case CancelCame():
+            case ev.CancelCame():
                 self._cancel_came(event, now_s)
-            case PeerGone(peer, dead):
-                self._peer_gone(peer, dead, now_s)
-            case Tick():
+            case ev.PeerGone(peer, dead, fenced):
+                self._peer_gone(peer, dead, fenced, now_s)
+            case ev.Tick():
                 self._tick(now_s)
         out, self._out = self._out, []
         return out
 
     # --- the engine's events ---
 
-    def _offer(self, event: Offer, now_s: float) -> None:
+    def _offer(self, event: ev.Offer, now_s: float) -> None:
         tid, request_id = event.transfer_id, event.request_id
         transfer = self._transfers.get(tid) or self._new(tid, now_s, Phase.LIVE)
         if transfer.request_id not in (None, request_id):
             reason = f"the transfer id is in use by request {transfer.request_id}"
-            self._out.append(Finished(tid, request_id, SendOutcome.FAILED, reason))
+            self._out.append(ev.Finished(tid, request_id, ev.SendOutcome.FAILED, reason))
         elif transfer.request_id is None:
             self._unoffered -= transfer.phase is not Phase.LIVE
-            transfer.request_id = request_id
+            transfer.request_id, transfer.prompt = request_id, event.prompt
             if transfer.phase is Phase.OVER:
                 assert transfer.outcome is not None, "what is over has an outcome"
-                self._out.append(Finished(tid, request_id, transfer.outcome, transfer.reason))
+                self._out.append(ev.Finished(tid, request_id, transfer.outcome, transfer.reason))
             else:
                 transfer.phase = Phase.LIVE
-                self._settle(transfer, now_s)
+                self._bind(transfer, now_s)
 
-    def _computed(self, event: Computed, now_s: float) -> None:
+    def _computed(self, event: ev.Computed, now_s: float) -> None:
         if (transfer := self._live(event.transfer_id)) is None:
             return
         rect = event.rect
         if not 0 <= rect.group < len(self.limits.layers) or not is_proper(rect, self.limits.layers[rect.group]):
-            self._end(transfer, SendOutcome.FAILED, f"{rect} is not within layers {self.limits.layers}", now_s)
+            self._end(transfer, ev.SendOutcome.FAILED, f"{rect} is not within layers {self.limits.layers}", now_s)
             return
         transfer.computed.add(rect)
         if transfer.grant is not None:
@@ -157,7 +141,7 @@ class Sender:
             self._settle(transfer, now_s)
 
     def _preempted(self, transfer_id: TransferId, now_s: float) -> None:
-        """Cells that wait in the queue are no longer in memory: they are taken again when they come again."""
+        """Cells in the queue are no longer in memory: they are taken again when they come again."""
         if (transfer := self._live(transfer_id)) is None:
             return
         dropped = self._lanes.purge(transfer)
@@ -165,11 +149,18 @@ class Sender:
         for item in dropped:
             transfer.give_back(item.rect, item.slot)
         if any(item.attempt for item in dropped):
-            self._end(transfer, SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
+            self._end(transfer, ev.SendOutcome.FAILED, "preempted before a failed write was repeated", now_s)
+
+    def _revoke(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
+        transfer = self._transfers.get(transfer_id)
+        if transfer is None or transfer.phase is Phase.OVER:
+            self.counters.stray += 1
+        elif transfer.phase < Phase.ENDING or transfer.outcome is ev.SendOutcome.SENT:
+            self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
 
     # --- the peer's events ---
 
-    def _granted(self, event: Granted, now_s: float) -> None:
+    def _granted(self, event: ev.Granted, now_s: float) -> None:
         """Renews the lease too; what waited for it is posted after this grant has replaced an older one."""
         lane = self._lanes.renew(event.peer, now_s)
         transfer = self._known(event.transfer_id, now_s)
@@ -179,25 +170,33 @@ class Sender:
             self._refuse(transfer, event, now_s)
         elif transfer.grant is not None and transfer.grant.peer != event.peer:
             reason = "already granted to another"
-            self._out.append(SendFailed(event.peer, event.transfer_id, event.epoch, reason, 0))
+            self._out.append(ev.SendFailed(event.peer, event.transfer_id, event.epoch, reason, 0))
         elif transfer.grant is None or event.epoch > transfer.grant.epoch:
             self._serve(transfer, event, now_s)
         self._pump(lane, now_s)
 
-    def _serve(self, transfer: Outgoing, grant: Granted, now_s: float) -> None:
+    def _serve(self, transfer: Outgoing, grant: ev.Granted, now_s: float) -> None:
         """A first or newer grant: everything computed so far goes to it."""
         self._lanes.purge(transfer)
         transfer.begin_epoch(grant)
         if len(grant.blocks) != len(self.limits.layers):
             reason = f"the grant names {len(grant.blocks)} groups, this rank has {len(self.limits.layers)}"
-            self._end(transfer, SendOutcome.FAILED, reason, now_s)
+            self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
         elif self._lanes.of(grant.peer).dead:
-            self._end(transfer, SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
+            self._end(transfer, ev.SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
         else:
-            self._lanes.enqueue(transfer, grant, transfer.computed.rects())
+            if not transfer.foreign():
+                self._lanes.enqueue(transfer, grant, transfer.computed.rects())
+            self._bind(transfer, now_s)
+
+    def _bind(self, transfer: Outgoing, now_s: float) -> None:
+        """Offer and grant are compared as soon as both are there; KV of another prompt is never sent."""
+        if foreign := transfer.foreign():
+            self._end(transfer, ev.SendOutcome.FAILED, foreign, now_s)
+        else:
             self._settle(transfer, now_s)
 
-    def _credited(self, event: Credited, now_s: float) -> None:
+    def _credited(self, event: ev.Credited, now_s: float) -> None:
         """Slots of an older epoch, or for a transfer that is ending, are the receiver's again by the end of it."""
         lane, transfer = self._lanes.renew(event.peer, now_s), self._transfers.get(event.transfer_id)
         if transfer is None or not transfer.takes(event):
@@ -207,7 +206,7 @@ class Sender:
             self._lanes.feed(transfer, lane)
         self._pump(lane, now_s)
 
-    def _refuse(self, transfer: Outgoing, event: Granted, now_s: float) -> None:
+    def _refuse(self, transfer: Outgoing, event: ev.Granted, now_s: float) -> None:
         """A grant that comes too late. What it repeats is answered as before; what is new, as the transfer ended."""
         debt = transfer.refusal(event)
         if debt is not None:
@@ -216,9 +215,9 @@ class Sender:
 
     def _not_needed(self, transfer_id: TransferId, reason: str, now_s: float) -> None:
         if (transfer := self._known(transfer_id, now_s)) and transfer.phase < Phase.ENDING:
-            self._end(transfer, SendOutcome.NOT_NEEDED, reason, now_s)
+            self._end(transfer, ev.SendOutcome.NOT_NEEDED, reason, now_s)
 
-    def _cancel_came(self, event: CancelCame, now_s: float) -> None:
+    def _cancel_came(self, event: ev.CancelCame, now_s: float) -> None:
         """Always answered, at the latest when the receiver repeats it (a full buffer of early ones stays silent)."""
         transfer = self._known(event.transfer_id, now_s)
         if transfer is None:
@@ -229,17 +228,18 @@ class Sender:
         if grant is None or (grant.peer == event.peer and grant.epoch <= event.epoch):
             transfer.stuck_s = min(transfer.stuck_s, now_s + self.limits.lease_s + self.limits.hold_s)
             if transfer.phase < Phase.ENDING:
-                self._end(transfer, SendOutcome.CANCELLED, "cancelled by the receiver", now_s)
+                self._end(transfer, ev.SendOutcome.CANCELLED, "cancelled by the receiver", now_s)
                 return
         self._settle(transfer, now_s)
 
-    def _peer_gone(self, peer: Peer, dead: bool, now_s: float) -> None:
+    def _peer_gone(self, peer: ev.Peer, dead: bool, fenced: bool, now_s: float) -> None:
         self._lanes.lapse(peer, dead, now_s)
         for transfer in list(self._transfers.values()):
             if transfer.grant is None or transfer.grant.peer != peer:
                 continue
-            if dead and transfer.phase < Phase.ENDING:
-                self._end(transfer, SendOutcome.PEER_LOST, "the peer died", now_s)
+            if (dead or fenced) and transfer.phase < Phase.ENDING:
+                why = "the peer died" if dead else "the connection to the peer is lost"
+                self._end(transfer, ev.SendOutcome.PEER_LOST, why, now_s)
             else:
                 self._settle(transfer, now_s)
 
@@ -260,7 +260,7 @@ class Sender:
             if transfer.queued == 0:
                 self._settle(transfer, now_s)
 
-    def _write_done(self, event: WriteDone, now_s: float) -> None:
+    def _write_done(self, event: ev.WriteDone, now_s: float) -> None:
         transfer = self._transfers.get(event.transfer_id)
         flight = transfer.flights.pop(event.seq, None) if transfer else None
         if transfer is None or flight is None:
@@ -284,7 +284,7 @@ class Sender:
         """One retry of the same rectangle, ahead of everything queued; the second error ends the transfer."""
         if flight.attempt or flight.life != transfer.life:
             why = "twice" if flight.attempt else "and the request was preempted"
-            self._end(transfer, SendOutcome.FAILED, f"a write of {flight.rect} failed {why}: {error}", now_s)
+            self._end(transfer, ev.SendOutcome.FAILED, f"a write of {flight.rect} failed {why}: {error}", now_s)
             return
         self.counters.retries += 1
         transfer.queued += 1
@@ -292,7 +292,7 @@ class Sender:
 
     # --- ends ---
 
-    def _end(self, transfer: Outgoing, outcome: SendOutcome, reason: str, now_s: float) -> None:
+    def _end(self, transfer: Outgoing, outcome: ev.SendOutcome, reason: str, now_s: float) -> None:
         """The outcome is known: post nothing more, finish when nothing is in flight."""
         transfer.phase, transfer.outcome, transfer.reason = Phase.ENDING, outcome, reason
         self._lanes.purge(transfer)
@@ -310,23 +310,23 @@ class Sender:
     def _seal_or_fail(self, transfer: Outgoing, now_s: float) -> None:
         verdict = transfer.verdict(self.limits)
         if verdict:
-            self._end(transfer, SendOutcome.FAILED, verdict, now_s)
-        elif verdict == "":
+            self._end(transfer, ev.SendOutcome.FAILED, verdict, now_s)
+        elif verdict == "" and transfer.may_seal:
             self._out += [] if transfer.sealed else [transfer.seal()]
             if not transfer.flights:
-                transfer.phase, transfer.outcome = Phase.ENDING, SendOutcome.SENT
+                transfer.phase, transfer.outcome = Phase.ENDING, ev.SendOutcome.SENT
 
     def _finish(self, transfer: Outgoing, now_s: float) -> None:
         """Say how it ended. Debts that writes in flight hold up are paid later (only after PEER_LOST)."""
         outcome, grant = transfer.outcome, transfer.grant
-        if outcome is SendOutcome.WITHDRAWN and transfer.sealed and transfer.landed_bytes == transfer.bytes:
-            outcome = transfer.outcome = SendOutcome.SENT
+        if outcome is ev.SendOutcome.WITHDRAWN and transfer.sealed and transfer.landed_bytes == transfer.bytes:
+            outcome = transfer.outcome = ev.SendOutcome.SENT
         assert outcome is not None, "an ending transfer has an outcome"
-        if grant is not None and outcome not in (SendOutcome.SENT, SendOutcome.CANCELLED):
+        if grant is not None and outcome not in (ev.SendOutcome.SENT, ev.SendOutcome.CANCELLED):
             transfer.debts[Debt(grant.peer, grant.epoch, False)] = transfer.reason
         self._pay(transfer)
         if transfer.request_id is not None or grant is not None:
-            self._out.append(Finished(transfer.transfer_id, transfer.request_id, outcome, transfer.reason))
+            self._out.append(ev.Finished(transfer.transfer_id, transfer.request_id, outcome, transfer.reason))
         transfer.phase = Phase.OVER
         transfer.forget_cells()
         transfer.expires_s = now_s + self.limits.tombstone_s
@@ -348,7 +348,7 @@ class Sender:
 
     def _tick(self, now_s: float) -> None:
         for key in self._timers.due(now_s):
-            if isinstance(key, Peer):
+            if isinstance(key, ev.Peer):
                 self._lanes.drop_idle(key, now_s)
             elif key in self._transfers:
                 self._ring(self._transfers[key], now_s)
@@ -366,13 +366,13 @@ class Sender:
                 del self._transfers[transfer.transfer_id]
                 self._unoffered -= transfer.request_id is None
             case Phase.EARLY:
-                self._end(transfer, SendOutcome.EXPIRED, "granted, but the request did not come", now_s)
+                self._end(transfer, ev.SendOutcome.EXPIRED, "granted, but the request did not come", now_s)
             case Phase.LIVE if transfer.grant is None:
-                self._end(transfer, SendOutcome.EXPIRED, "the prompt is computed, but no grant came", now_s)
+                self._end(transfer, ev.SendOutcome.EXPIRED, "the prompt is computed, but no grant came", now_s)
             case _:
                 self._lanes.purge(transfer)
                 stuck = "cancelled, but its writes do not end" if transfer.stuck_s <= now_s else "the peer is silent"
-                transfer.outcome, transfer.reason = SendOutcome.PEER_LOST, transfer.reason or stuck
+                transfer.outcome, transfer.reason = ev.SendOutcome.PEER_LOST, transfer.reason or stuck
                 self._finish(transfer, now_s)
 
     # --- records ---

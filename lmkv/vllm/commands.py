@@ -70,9 +70,13 @@ class Abandoned:
 
 @dataclass(frozen=True, slots=True)
 class Preempted:
-    """Blocks of these transfers are about to be overwritten; `drained` is set when nothing reads them any more."""
+    """Blocks of these transfers are about to be overwritten; `drained` is set when nothing reads them any more.
+
+    `gave_up`: the engine could wait no longer (`WorkerLoop.revoke`), and the transfers fail for good.
+    """
 
     transfer_ids: tuple[TransferId, ...]
+    gave_up: bool = False
     drained: threading.Event = field(default_factory=threading.Event)
 
 

@@ -19,10 +19,13 @@ from lmkv.control.pairing import PairState
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
+from lmkv.transfer.events import PROMPT_FAULT, Prompt
 
 from .endpoint import EngineEndpoint
 from .metadata import StepMeta
 from .params import RequestParams
+from .pooled.adapters import Adapters
+from .prompt import prompt_of
 from .specs import BlockRange, ExpectSpec, RankReport
 
 QUARANTINE_STEPS_S = 60.0
@@ -43,6 +46,8 @@ class _Transfer:
     state: _State = _State.NEW
     loader: RequestId | None = None
     requests: set[RequestId] = field(default_factory=set)
+    prompt: Prompt | None = None
+    """Known as soon as a grant is possible."""
     block_ids: tuple[int, ...] = ()
     reports: int = 0
     exact: bool = True
@@ -68,6 +73,7 @@ class DecodeSide:
         outbox: Outbox,
         book: LedgerBook,
         world: int,
+        adapters: Adapters,
         runtime: Runtime = THREADS,
     ) -> None:
         self._runtime = runtime
@@ -79,11 +85,13 @@ class DecodeSide:
         self._outbox = outbox
         self._book = book
         self._world = world
+        self._adapters = adapters
         self._transfers: dict[TransferId, _Transfer] = {}
         self._by_request: dict[RequestId, _Transfer] = {}
         self._expects: list[ExpectSpec] = []
         self._abandons: list[TransferId] = []
         self._block_pool: Any = None
+        self._epoch = 0
         self._parked: OrderedDict[TransferId, None] = OrderedDict()
 
     def bind_block_pool(self, pool: Any) -> None:
@@ -130,11 +138,21 @@ class DecodeSide:
             return 0, False
         state, reason, _ = self._endpoint.pair(transfer.params.peer_address)
         if state is PairState.READY:
-            return missing, True
+            return self._bound(transfer, request, missing)
         if state is PairState.PENDING and self._runtime.clock() - transfer.arrived_s < self._settings.pair_s:
             return None, False
         self._miss(transfer, "refused" if reason else "not_paired", reason)
         return 0, False
+
+    def _bound(self, transfer: _Transfer, request: Any, missing: int) -> tuple[int | None, bool]:
+        """The grant will say which prompt it is for; without knowing that there is none."""
+        if transfer.prompt is None:
+            prompt = prompt_of(request, self._adapters)
+            if not prompt.digest:
+                self._miss(transfer, "prompt", "the content of its LoRA adapter is not known (yet)")
+                return 0, False
+            transfer.prompt = prompt
+        return missing, True
 
     def is_exact(self, request: Any) -> bool:
         """No: its KV has been converted from another dtype."""
@@ -162,7 +180,12 @@ class DecodeSide:
     def _grant(
         self, transfer: _Transfer, request: Any, tokens: tuple[int, int], ranges: tuple[BlockRange, ...]
     ) -> None:
-        tid, epoch = transfer.params.transfer_id, Epoch(1)
+        # Asked before the pair's state: a pair that is lost in between makes the grant void, not the other way round.
+        number = self._endpoint.pair_number(transfer.params.peer_address)
+        self._epoch += 1  # never used again, whatever the router does with transfer ids
+        tid, epoch = transfer.params.transfer_id, Epoch(self._epoch)
+        prompt = transfer.prompt
+        assert prompt is not None, "tokens were promised only once the prompt was known"
         _, _, card = self._endpoint.pair(transfer.params.peer_address)
         # The pair may be lost since matched_tokens said READY: then nothing is granted and the load fails at once.
         incarnation = card.incarnation if card is not None else Incarnation("")
@@ -171,7 +194,9 @@ class DecodeSide:
         now_s = self._runtime.clock()
         first_block = tuple(lo for lo, _ in theirs) or tuple(r.lo for r in ranges)
         wanted = tuple((1,) * (hi - lo) for lo, hi in theirs) or tuple(r.ids for r in ranges)
-        grant = wire.Grant(self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing)
+        grant = wire.Grant(
+            self._incarnation, tid, epoch, *tokens, first_block, wanted, now_s, landing, prompt.digest, number
+        )
         for worker in card.workers if card is not None else ():
             self._outbox.send(worker.address, grant)
         transfer.exact = card is None or self._endpoint.is_exact(card)
@@ -222,8 +247,10 @@ class DecodeSide:
 
     def reported(self, report: RankReport) -> None:
         """A rank has ended its part (called before vLLM acts on the same step's finished sets)."""
+        if report.slots:
+            self._book.count("quarantined_slots", report.slots)
         transfer = self._transfers.get(report.transfer_id)
-        if transfer is None:
+        if transfer is None or report.slots < 0:
             return
         if report.outcome == "drained":
             transfer.undrained -= 1
@@ -234,7 +261,8 @@ class DecodeSide:
             transfer.undrained += 1
             self._quarantine(transfer)
         if report.outcome == "failed":
-            self._miss(transfer, "load_failed", report.reason)
+            kind = "prompt" if report.reason.startswith(PROMPT_FAULT) else "load_failed"
+            self._miss(transfer, kind, report.reason.removeprefix(PROMPT_FAULT))
             transfer.failed = True
         if transfer.reports == self._world:
             transfer.state = _State.DONE

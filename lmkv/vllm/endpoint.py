@@ -90,6 +90,13 @@ class EngineEndpoint:
                     self._runner.wake()
         return state, reason, card
 
+    def pair_number(self, address: str) -> int:
+        """Ours of the pair, which grants to that engine carry."""
+        if self._pairing is None:
+            return 0
+        with self._lock:
+            return self._pairing.number(address)
+
     def is_direct(self, card: wire.EngineCard) -> bool:
         """KV of that engine is copied verbatim into our blocks."""
         assert self._pairing is not None
@@ -168,14 +175,17 @@ class EngineEndpoint:
         with self._lock:
             match message:
                 case wire.Hello():
-                    actions = pairing.hello(message.card)
+                    actions = pairing.hello(message.card, message.pair)
                 case wire.Welcome():
-                    actions = pairing.welcome(message.card)
+                    actions = pairing.welcome(message.card, message.pair)
                 case wire.Refuse():
                     actions = pairing.refuse(message.address, message.reason)
                     logger.error("pairing refused by %s: %s", message.address, message.reason)
                 case wire.Introduced():
                     actions = pairing.introduced(message.rank, message.incarnation, message.error, now_s)
+                case wire.Replaced():
+                    actions, lost = pairing.replaced(message.rank, message.export)
+                    self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)
                 case wire.Meet():
                     actions = pairing.want(message.address, now_s, (letter.identity, message.token))
                     if pairing.state(message.address)[0] is PairState.PENDING:

@@ -65,6 +65,10 @@ def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
     differing = [name for name in names if ours.must.get(name) != theirs.must.get(name) and name not in converted]
     if differing:
         _refuse(differing[0], ours.must, theirs.must, peer, "such KV cannot be exchanged")
+    for sender, receiver in ((ours, theirs), (theirs, ours)):
+        if sender.role != "decode" and receiver.role != "prefill":
+            _compare_times(sender, receiver, peer)
+            _compare_checksums(sender, receiver, peer)
     if is_direct(ours, theirs):
         return
     why = _not_convertible(ours, theirs) if decode is theirs else _not_convertible(theirs, ours)
@@ -72,6 +76,40 @@ def compare(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
         mine, other = {**ours.must, **ours.layout}, {**theirs.must, **theirs.layout}
         field = next(name for name in sorted(mine.keys() | other.keys()) if mine.get(name) != other.get(name))
         _refuse(field, mine, other, peer, f"and it cannot be converted: {why}")
+
+
+def _compare_times(prefill: wire.EngineCard, decode: wire.EngineCard, peer: str) -> None:
+    """Beats must come within the other's lease. Where not every write is checked, a prefill that gives up a silent
+    decode must not do so before decode has given up the transfer."""
+    for name, sender, listener in (("beat_s", prefill, decode), ("beat_s", decode, prefill)):
+        if 2 * sender.times.beat_s > listener.times.lease_s:
+            beat, lease = f"{sender.times.beat_s:g} of {sender.name!r}", f"lease_s {listener.times.lease_s:g}"
+            raise CompatError(
+                name, beat, f"{lease} of {listener.name!r}", peer=peer, hint="set lease_s to at least two beat_s"
+            )
+    unchecked = any(worker.checked_ppm < 1_000_000 for worker in decode.workers)
+    if unchecked and prefill.times.lease_s + prefill.times.hold_s < decode.times.deadline_s:
+        raise CompatError(
+            "deadline_s",
+            f"lease_s + hold_s of {prefill.name!r} is {prefill.times.lease_s + prefill.times.hold_s:g}",
+            f"deadline_s of {decode.name!r} is {decode.times.deadline_s:g}",
+            peer=peer,
+            hint="raise prefill's hold_s or lower decode's deadline_s: decode does not verify every write (kv_verify)",
+        )
+
+
+def _compare_checksums(prefill: wire.EngineCard, decode: wire.EngineCard, peer: str) -> None:
+    """Prefill must be able to compute what decode demands."""
+    for worker in decode.workers:
+        for source in prefill.workers if worker.checked_ppm else ():
+            if source.checksum != worker.checksum:
+                raise CompatError(
+                    "kv_verify",
+                    f"{decode.name!r} verifies {worker.checksum!r}",
+                    f"{prefill.name!r} computes {source.checksum or 'no checksum'!r}",
+                    peer=peer,
+                    hint="set kv_verify to off on the decode engine, or keep both caches in memory of one kind",
+                )
 
 
 def _not_convertible(prefill: wire.EngineCard, decode: wire.EngineCard) -> str:

@@ -12,7 +12,7 @@ import torch
 from lmkv import wire
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError
-from lmkv.ids import Rank, TransferId
+from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.kernels import Cache, convert_blocks
 from lmkv.layout import segments
 from lmkv.transfer.events import Peer, Rect
@@ -20,6 +20,7 @@ from lmkv.transfer.landing import Share, kernel_ids, share_of, slot_geometry
 from lmkv.transfer.slots import Borrower, Loan, SlotRing
 
 from . import memory
+from .checking import Verifier
 from .peers import Peers
 from .specs import ExpectSpec
 
@@ -40,15 +41,18 @@ class _Landing:
 class LandingSlots:
     """`convert_dtype` allows a dtype to be converted (the pairing has checked that it is wanted)."""
 
-    def __init__(self, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox, convert_dtype: bool) -> None:
+    def __init__(
+        self, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox, convert_dtype: bool, verifier: Verifier
+    ) -> None:
         self._rank = rank
         self._found = found
         self._peers = peers
         self._outbox = outbox
         self._convert_dtype = convert_dtype
+        self._verifier = verifier
         self._slots = found.slots
         self._ring = SlotRing(found.slots.count if found.slots else 0, _PER_WRITER)
-        self._landings: dict[TransferId, _Landing] = {}
+        self._landings: dict[tuple[TransferId, Epoch], _Landing] = {}
 
     def writers(self, spec: ExpectSpec) -> tuple[Peer, ...] | None:
         """The ranks that will write for this grant; None when its engine is not our peer any more."""
@@ -73,7 +77,7 @@ class LandingSlots:
         if met is None or self._slots is None:
             return
         card, meeting = met
-        landing = self._landings[spec.transfer_id] = _Landing(spec, {})
+        landing = self._landings[spec.transfer_id, spec.epoch] = _Landing(spec, {})
         for rank, heads in meeting.receives.items():
             peer, worker = Peer(spec.incarnation, rank), card.workers[rank]
             landing.shares[peer] = tuple(
@@ -84,27 +88,25 @@ class LandingSlots:
             landing.borrowers.append(borrower)
             self._tell(self._ring.open(borrower))
 
-    def is_right(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> bool:
-        """The slot is the writer's, holds what it says, and the checksum (if there is one) is right."""
-        landing = self._landings.get(note.transfer_id)
+    def fault(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> str:
+        """What is wrong with a write: its slot is not the writer's, or does not hold what it says; or ""."""
+        landing = self._landings.get((note.transfer_id, note.epoch))
         if landing is None or self._slots is None or peer not in landing.shares:
-            return False
+            return "comes from a rank that was not asked to write"
         if note.slot not in self._ring.held(Borrower(peer, note.transfer_id, note.epoch)):
-            return False
+            return f"is in slot {note.slot}, which is not lent to this writer"
         if not 0 <= rect.group < len(landing.shares[peer]):
-            return False
+            return f"is of KV group {rect.group}, which this engine does not have"
         size = landing.shares[peer][rect.group].rect_bytes(rect)
         if not 0 < size <= self._slots.slot_bytes:
-            return False
-        if not note.checksum:
-            return True
+            return f"has {size} bytes, which no slot of {self._slots.slot_bytes} holds"
         run = np.array([[self._slots.address + note.slot * self._slots.slot_bytes, size]], dtype=np.uint64)
-        return memory.checksum(run) == note.checksum
+        return self._verifier.fault(note, run)
 
     def take_out(self, peer: Peer, note: wire.WriteNote, rect: Rect) -> str:
         """Convert what has landed into our blocks and lend the slot on. Returns what went wrong, or ""."""
-        landing, slots = self._landings[note.transfer_id], self._slots
-        assert slots is not None, "is_right was asked before"
+        landing, slots = self._landings[note.transfer_id, note.epoch], self._slots
+        assert slots is not None, "its fault was asked for before"
         share = landing.shares[peer][rect.group]
         geometry = slot_geometry(share, rect)
         try:
@@ -143,15 +145,20 @@ class LandingSlots:
         if storage.device.type != "cpu":
             torch.cuda.current_stream(storage.device).synchronize()
 
-    def failed(self, tid: TransferId) -> None:
+    def failed(self, tid: TransferId, epoch: Epoch) -> None:
         """It will not be loaded: no more slots for it. Those lent stay its own until `close`."""
-        landing = self._landings.get(tid)
+        landing = self._landings.get((tid, epoch))
         for borrower in landing.borrowers if landing else ():
             self._ring.sated(borrower)
 
-    def close(self, tid: TransferId) -> None:
+    def held(self, tid: TransferId, epoch: Epoch) -> int:
+        """Slots that are lent to its writers."""
+        landing = self._landings.get((tid, epoch))
+        return sum(len(self._ring.held(borrower)) for borrower in landing.borrowers) if landing else 0
+
+    def close(self, tid: TransferId, epoch: Epoch) -> None:
         """Nothing can land in its slots any more."""
-        landing = self._landings.pop(tid, None)
+        landing = self._landings.pop((tid, epoch), None)
         for borrower in landing.borrowers if landing else ():
             self._tell(self._ring.close(borrower))
 

@@ -1,73 +1,44 @@
 """A worker's peers: connecting, warming, heartbeats, and the two ways of losing one.
 
-Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease, and *dead* only when
-the data plane has proved it (PeerLost); a broken control connection makes us probe with a write. A peer that is lost
-without proof stays connected and is probed on: its proven death is what ends the quarantine of blocks granted to it.
+Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease or our connection to it
+is lost: it may be alive and still write. It is *fenced* when a data plane that closes both directions has lost it:
+nothing it had posted lands any more, and it may come back. It is *dead* only by proof: its process has ended (looked up
+on the same host), or another process has taken its control address there; then what it had sent is given time to
+drain. Proof, or the peer's own answer, is what ends the quarantine of blocks granted to it; a timer alone never does.
+A peer that is lost without proof is watched as long as it holds something of ours, and it may come back.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
+from lmkv.process import has_ended, is_neighbour, may_share_host
 from lmkv.transfer.events import Peer
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 
 from .meeting import Meeting, meeting
+from .pal import DRAIN_S, REMOTE_DRAIN_S, Engine, Loss, Pal
 
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 0.1
 DEPARTED_PROBE_S = 1.0
 DEPARTED_S = 600.0
-"""A peer lost without proof is probed and kept connected for so long."""
-
-
-@dataclass(slots=True)
-class Engine:
-    """An engine that we were introduced to, and how our rank deals with it."""
-
-    card: wire.EngineCard
-    meeting: Meeting
-    address: str
-    """Of our own engine, which wants to hear how it goes."""
-    introduced_s: float
-
-
-@dataclass(slots=True)
-class Pal:
-    """One of its ranks that we are connected to."""
-
-    engine: Engine
-    worker: wire.WorkerCard
-    peer: Peer
-    transport_id: PeerId
-    heard_s: float
-    ready: bool = False
-    beat_s: float = 0.0
-    echo_s: float = 0.0
-    echo_heard_s: float = 0.0
-    clock_offset_s: float = 0.0
-    round_trip_s: float = float("inf")
-    suspected: bool = False
-    probe_s: float = 0.0
-    parted_s: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return f"{self.engine.card.name!r} rank {self.peer.rank}"
+"""A peer lost without proof that holds nothing of ours is kept connected for so long."""
 
 
 class Peers:
-    """`gone(peer, dead)` is called once for each rank lost. `scratch` are our registered throw-away bytes.
+    """`gone(peer, loss)` is called for each rank lost, and again when a silent one is fenced or proven dead.
 
-    An engine is lost as a whole: with the first of its ranks that is silent or dead.
+    `scratch` are our registered throw-away bytes; `holds(peer)`: something of ours may still be written by it. An
+    engine is lost as a whole: with the first of its ranks that is silent or dead.
     """
 
     def __init__(
@@ -77,7 +48,8 @@ class Peers:
         rank: Rank,
         scratch: Extents,
         settings: ConnectorSettings,
-        gone: Callable[[Peer, bool], None],
+        gone: Callable[[Peer, Loss], None],
+        holds: Callable[[Peer], bool] = lambda peer: True,
     ) -> None:
         self._transport = transport
         self._outbox = outbox
@@ -85,6 +57,7 @@ class Peers:
         self._scratch = scratch
         self._settings = settings
         self._gone = gone
+        self._holds = holds
         self._own = Incarnation("")
         self._engines: dict[Incarnation, Engine] = {}
         self._pals: dict[Peer, Pal] = {}
@@ -93,6 +66,8 @@ class Peers:
         self._addresses: dict[Peer, str] = {}
         self._departed: dict[Peer, Pal] = {}
         self._leaving: set[PeerId] = set()
+        self._exports: dict[PeerId, bytes] = {}
+        self._fenced: OrderedDict[Peer, None] = OrderedDict()
 
     # --- questions ---
 
@@ -103,6 +78,10 @@ class Peers:
     @property
     def warming(self) -> bool:
         return any(peer in self._pals for peer in self._warm_ops.values())
+
+    def is_probe(self, op: OpId) -> bool:
+        """The operation is ours (warming or probing)."""
+        return op in self._warm_ops
 
     def find(self, peer: Peer) -> Pal | None:
         return self._pals.get(peer)
@@ -115,7 +94,24 @@ class Peers:
     def peer_of(self, transport_id: PeerId) -> Peer | None:
         """Whose notes come from `transport_id`."""
         peer = self._by_transport.get(transport_id)
-        return peer if peer in self._pals else None
+        pal = self._pals.get(peer) if peer is not None else None
+        return peer if pal is not None and pal.transport_id == transport_id else None
+
+    def is_fenced(self, peer: Peer) -> bool:
+        """It is lost, and nothing that it had posted lands any more."""
+        return peer in self._fenced
+
+    def pair_of(self, incarnation: Incarnation) -> int | None:
+        """The number that grants of this peer must carry; None when it is not (any more) a peer."""
+        engine = self._engines.get(incarnation)
+        return engine.pair if engine else None
+
+    def overdue(self, now_s: float) -> list[Peer]:
+        """Lost without proof for longer than `quarantine_s`, with blocks or slots of ours in quarantine: a new data
+        plane would free them. A process of this host is not among them (see `replaced`)."""
+        limit_s = self._settings.quarantine_s
+        lost = [pal for pal in self._departed.values() if now_s - pal.parted_s > limit_s and self._holds(pal.peer)]
+        return [pal.peer for pal in lost if not may_share_host(pal.worker.process)]
 
     def address_of(self, peer: Peer) -> str | None:
         """Control address of that rank, also after its engine was dismissed."""
@@ -126,11 +122,15 @@ class Peers:
     def introduce(self, message: wire.Introduce, now_s: float) -> None:
         own, card = message.own, message.card
         self._own = own.incarnation
-        if card.incarnation in self._engines:
+        known = self._engines.get(card.incarnation)
+        if known is not None and (known.card, known.pair) == (card, message.pair):
             self._tell_if_ready(card.incarnation)
             return
+        if known is not None:
+            self.dismiss(card.incarnation, dead=False)
+        self._note_successor(card, now_s)
         try:
-            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s)
+            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s, message.pair)
             pals = [self._connect(engine, rank, now_s) for rank in engine.meeting.ranks]
         except (TransportError, LayoutError) as error:
             self._tell_engine(own.address, card.incarnation, f"cannot connect to {card.name!r}: {error}")
@@ -144,12 +144,16 @@ class Peers:
     def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
-        departed = self._departed.pop(peer, None)
+        self._departed.pop(peer, None)
+        self._fenced.pop(peer, None)
         self._let_go()
-        known = next((t for t, p in self._by_transport.items() if p == peer), None)
-        transport_id = departed.transport_id if departed else known or self._transport.connect(worker.export)
+        old = [t for t, p in self._by_transport.items() if p == peer]
+        transport_id = next((t for t in old if self._exports.get(t) == worker.export), None)
+        if transport_id is None:
+            transport_id = self._transport.connect(worker.export)
+            self._leaving.update(old)
         self._leaving.discard(transport_id)
-        self._by_transport[transport_id] = peer
+        self._by_transport[transport_id], self._exports[transport_id] = peer, worker.export
         self._addresses[peer] = worker.address
         while len(self._addresses) > 1024:
             self._addresses.pop(next(iter(self._addresses)))
@@ -195,47 +199,118 @@ class Peers:
     def dismiss(self, incarnation: Incarnation, dead: bool) -> None:
         engine = self._engines.pop(incarnation, None)
         for rank in engine.meeting.ranks if engine else ():
-            self._part(self._pals.pop(Peer(incarnation, rank)), dead)
+            pal = self._pals.pop(Peer(incarnation, rank))
+            pal.claimed = dead
+            self._part(pal, Loss.SILENT)
 
     def transport_lost(self, transport_id: PeerId, reason: str) -> None:
-        """The data plane has proved the peer dead."""
+        """Our connection to the peer has ended. That is no proof of a death."""
         peer = self._by_transport.pop(transport_id, None)
         self._leaving.discard(transport_id)
+        self._exports.pop(transport_id, None)
         if peer is None:
             return
-        if peer in self._pals:
-            self._lose(self._pals[peer], dead=True, reason=reason)
-        elif peer in self._departed:
-            pal = self._departed.pop(peer)
-            logger.info("peer %s (incarnation %s) is proven dead: %s", pal.name, peer.incarnation, reason)
-            self._gone(peer, True)
+        loss = Loss.FENCED if self._transport.capabilities.loss_is_fence else Loss.SILENT
+        pal = self._pals.get(peer)
+        if pal is not None and pal.transport_id == transport_id:
+            self._lose(pal, loss, reason)
+        elif loss is Loss.FENCED and peer in self._departed:
+            logger.info("peer %s (incarnation %s) is fenced: %s", self._departed[peer].name, peer.incarnation, reason)
+            del self._departed[peer]
+            self._end(peer, loss)
 
-    def _lose(self, pal: Pal, dead: bool, reason: str) -> None:
+    def _lose(self, pal: Pal, loss: Loss, reason: str) -> None:
         """The rank is lost, and the engine with it: its other ranks are parted from without proof."""
         engine, incarnation = pal.engine, pal.peer.incarnation
         logger.warning("peer %s (incarnation %s) is lost: %s", pal.name, incarnation, reason)
         del self._engines[incarnation]
         for rank in engine.meeting.ranks:
             other = self._pals.pop(Peer(incarnation, rank))
-            self._part(other, dead and other is pal)
+            self._part(other, loss if other is pal else Loss.SILENT)
         self._tell_engine(engine.address, incarnation, reason)
 
-    def _part(self, pal: Pal, dead: bool) -> None:
-        """The pair is over: at once if the peer is dead, else it is probed on."""
-        if dead:
-            self._leave(pal)
-        else:
+    def _part(self, pal: Pal, loss: Loss) -> None:
+        """The pair is over. Without proof the peer is watched on."""
+        if loss is Loss.SILENT:
             pal.ready, pal.suspected, pal.parted_s = False, False, pal.heard_s
             self._departed[pal.peer] = pal
-        self._gone(pal.peer, dead)
+        else:
+            self._leave(pal)
+        self._end(pal.peer, loss)
 
-    def _probe_departed(self, now_s: float) -> None:
+    def _end(self, peer: Peer, loss: Loss) -> None:
+        if loss is Loss.FENCED:
+            self._fenced[peer] = None
+            while len(self._fenced) > 1024:
+                self._fenced.popitem(last=False)
+        self._gone(peer, loss)
+
+    def replaced(self, export: bytes) -> None:
+        """Our data plane was made anew: nothing of the old connections lands any more. All peers have to come again.
+
+        A process of this host may copy into our memory without any connection (CMA, CUDA IPC): what such a peer holds
+        stays in quarantine until it answers or its process has ended.
+        """
+        self._by_transport.clear()
+        self._exports.clear()
+        self._leaving.clear()
+        self._warm_ops.clear()
+        lost = {**self._departed, **self._pals}
+        address = next((pal.engine.address for pal in lost.values()), "")
+        self._engines.clear()
+        self._pals.clear()
+        self._departed.clear()
+        for peer, pal in lost.items():
+            near = may_share_host(pal.worker.process)
+            logger.warning("peer %s is %s by the new data plane", pal.name, "not fenced" if near else "fenced")
+            if near:
+                self._departed[peer] = pal
+                pal.ready, pal.suspected, pal.parted_s = False, False, pal.parted_s or pal.heard_s
+            self._end(peer, Loss.SILENT if near else Loss.FENCED)
+        if address:
+            self._outbox.send(address, wire.Replaced(self._rank, export))
+
+    # --- proofs of death ---
+
+    def _note_successor(self, card: wire.EngineCard, now_s: float) -> None:
+        """On the same host another process listens where a departed rank did: that one's sockets are closed."""
+        for pal in self._departed.values():
+            old = pal.worker.process
+            if pal.engine.card.address != card.address or pal.peer.incarnation == card.incarnation or not old.host:
+                continue
+            for worker in card.workers:
+                new = worker.process
+                here = (old.host, old.namespace, pal.worker.address) == (new.host, new.namespace, worker.address)
+                if here and (old.pid, old.started) != (new.pid, new.started):
+                    self._note_end(pal, now_s, "another process has its address")
+
+    def _note_end(self, pal: Pal, now_s: float, how: str) -> None:
+        """Its process has ended; `gone` is told when nothing of it is on its way any more."""
+        if not pal.ended_s:
+            near = is_neighbour(pal.worker.process)
+            pal.ended_s, pal.drain_s = now_s, DRAIN_S if near else REMOTE_DRAIN_S
+            logger.info("peer %s (incarnation %s) has ended: %s", pal.name, pal.peer.incarnation, how)
+
+    def _watch_departed(self, now_s: float) -> None:
         probing = set(self._warm_ops.values())
         for peer, pal in list(self._departed.items()):
-            if now_s - pal.parted_s > DEPARTED_S:
+            if not pal.ended_s and now_s - pal.looked_s >= DEPARTED_PROBE_S:
+                pal.looked_s = now_s
+                if pal.claimed or has_ended(pal.worker.process):
+                    self._note_end(pal, now_s, "the control plane says so" if pal.claimed else "seen on this host")
+            if pal.ended_s:
+                if now_s - pal.ended_s >= pal.drain_s:
+                    del self._departed[peer]
+                    self._leave(pal)
+                    self._end(peer, Loss.DEAD)
+            elif now_s - pal.parted_s > DEPARTED_S and not self._holds(peer):
                 del self._departed[peer]
                 self._leave(pal)
-            elif peer not in probing and now_s - pal.probe_s >= DEPARTED_PROBE_S:
+            elif (
+                pal.transport_id in self._by_transport
+                and peer not in probing
+                and now_s - pal.probe_s >= DEPARTED_PROBE_S
+            ):
                 pal.probe_s = now_s
                 self._warm(pal)
 
@@ -252,6 +327,7 @@ class Peers:
                 continue  # operations in flight, whose end is needed first, or a death about to be told
             self._leaving.discard(transport_id)
             self._by_transport.pop(transport_id, None)
+            self._exports.pop(transport_id, None)
 
     def _tell_engine(self, address: str, incarnation: Incarnation, error: str) -> None:
         self._outbox.send(address, wire.Introduced(self._rank, incarnation, error))
@@ -277,15 +353,18 @@ class Peers:
         for address in self._outbox.lost():
             for pal in self._pals.values():
                 pal.suspected = pal.suspected or pal.worker.address == address
-        self._probe_departed(now_s)
+        self._watch_departed(now_s)
         for pal in list(self._pals.values()):
             if pal.peer not in self._pals:
                 continue  # lost with another rank of its engine
             if now_s - pal.heard_s > self._settings.lease_s:
-                self._lose(pal, dead=False, reason=f"silent for {now_s - pal.heard_s:.1f} s")
+                self._lose(pal, Loss.SILENT, f"silent for {now_s - pal.heard_s:.1f} s")
             elif pal.suspected and now_s - pal.probe_s >= PROBE_EVERY_S:
                 pal.probe_s = now_s
-                self._warm(pal)
+                if has_ended(pal.worker.process):
+                    self._lose(pal, Loss.SILENT, "its process has ended")
+                else:
+                    self._warm(pal)
             if pal.peer in self._pals and now_s - pal.beat_s >= self._settings.beat_s:
                 pal.beat_s = now_s
                 held_s = now_s - pal.echo_heard_s if pal.echo_s else 0.0
@@ -293,7 +372,8 @@ class Peers:
 
     def next_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
-        departed_s = DEPARTED_PROBE_S if self._departed else 3600.0
+        ending = any(pal.ended_s for pal in self._departed.values())
+        departed_s = DRAIN_S / 4 if ending else DEPARTED_PROBE_S if self._departed else 3600.0
         if not self._pals:
             return departed_s
         return min(

@@ -14,9 +14,12 @@ from lmkv import wire
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
+from lmkv.transfer.events import Prompt
 
 from .metadata import StepMeta
 from .params import RequestParams
+from .pooled.adapters import Adapters
+from .prompt import prompt_of
 from .specs import BlockRange, OfferSpec, Push
 from .steps import StepWrites, scheduled
 
@@ -27,6 +30,7 @@ _REMEMBERED = 4096
 class _Prefill:
     transfer_id: TransferId
     request_id: RequestId
+    request: Any
     prompt_tokens: int
     announced: bool = False
     done: bool = False
@@ -38,12 +42,18 @@ class PrefillSide:
     """`block_tokens`: tokens a block, by transfer group. `select` picks the transfer groups out of a block table."""
 
     def __init__(
-        self, kv_cache_config: Any, block_tokens: tuple[int, ...], book: LedgerBook, runtime: Runtime = THREADS
+        self,
+        kv_cache_config: Any,
+        block_tokens: tuple[int, ...],
+        book: LedgerBook,
+        adapters: Adapters,
+        runtime: Runtime = THREADS,
     ) -> None:
         self._runtime = runtime
         self._select = kv_cache_config.select_transfer_block_ids
         self._block_tokens = block_tokens
         self._book = book
+        self._adapters = adapters
         self._requests: dict[RequestId, _Prefill] = {}
         self._orphans: list[_Prefill] = []
         self._peers: OrderedDict[TransferId, str] = OrderedDict()
@@ -51,7 +61,11 @@ class PrefillSide:
 
     def new_request(self, request: Any, params: RequestParams) -> None:
         self._requests[request.request_id] = _Prefill(
-            params.transfer_id, request.request_id, request.num_prompt_tokens, next_block=(0,) * len(self._block_tokens)
+            params.transfer_id,
+            request.request_id,
+            request,
+            request.num_prompt_tokens,
+            next_block=(0,) * len(self._block_tokens),
         )
         self._peers[params.transfer_id] = params.peer_address
         while len(self._peers) > _REMEMBERED:
@@ -68,7 +82,8 @@ class PrefillSide:
     def fill(self, meta: StepMeta, output: Any) -> None:
         """Add this step's offers, pushes, preemptions and withdrawals to `meta`."""
         for prefill in self._orphans:
-            meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, report=False))
+            prompt = Prompt(b"", prefill.prompt_tokens)  # nothing of it is sent
+            meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, prompt, report=False))
             meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
         self._orphans.clear()
         if not self._requests:
@@ -90,7 +105,7 @@ class PrefillSide:
             return
         if not prefill.announced:
             prefill.announced = True
-            meta.offers.append(OfferSpec(prefill.transfer_id, request_id))
+            meta.offers.append(OfferSpec(prefill.transfer_id, request_id, prompt_of(prefill.request, self._adapters)))
             self._book.update(prefill.transfer_id, cached_tokens=before, scheduled_s=self._runtime.clock())
         after = before + output.num_scheduled_tokens[request_id]
         prefill.done = after >= prefill.prompt_tokens

@@ -13,13 +13,14 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import TransferError
-from lmkv.ids import Rank, TransferId
+from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.incoming import ReceiverLimits
 from lmkv.transfer.plan import runs_for
 from lmkv.transfer.receiver import Receiver
 
 from . import dump, memory
+from .checking import Verifier, checksums_for, demanded_ppm
 from .landing import LandingSlots
 from .peers import Peers
 from .specs import ExpectSpec, RankReport
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 _EARLY_TRANSFERS = 256
 _EARLY_NOTES = 4096
 _REMEMBERED = 4096
+
+_Key = tuple[TransferId, Epoch]
+"""One grant: decode never uses an epoch again, so a transfer id that is used twice makes two grants."""
 
 
 class Receiving:
@@ -54,13 +58,15 @@ class Receiving:
         self._peers = peers
         self._outbox = outbox
         self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
-        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype)
-        self._landed: set[TransferId] = set()
-        """Failed in landing mode and not drained: the engine does not wait for that."""
-        self._specs: dict[TransferId, ExpectSpec] = {}
-        self._traces: dict[TransferId, ReceiveTrace] = {}
-        self._early: OrderedDict[TransferId, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
-        self._over: OrderedDict[TransferId, None] = OrderedDict()
+        checksums = checksums_for(found)
+        self._verifier = Verifier(demanded_ppm(settings, found, checksums), checksums)
+        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
+        self._landed: dict[_Key, int] = {}
+        """Failed in landing mode and not drained: the engine does not wait for that. How many slots each holds."""
+        self._specs: dict[_Key, ExpectSpec] = {}
+        self._traces: dict[_Key, ReceiveTrace] = {}
+        self._early: OrderedDict[_Key, list[tuple[ev.Peer, wire.WriteNote | wire.SealNote]]] = OrderedDict()
+        self._over: OrderedDict[_Key, None] = OrderedDict()
         self._reports: list[RankReport] = []
         self._ledgers: list[dict[str, Any]] = []
 
@@ -68,16 +74,17 @@ class Receiving:
 
     def expected(self, expects: tuple[ExpectSpec, ...], now_s: float) -> None:
         for spec in expects:
-            self._specs[spec.transfer_id] = spec
-            self._traces[spec.transfer_id] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
+            key = (spec.transfer_id, spec.epoch)
+            self._specs[key] = spec
+            self._traces[key] = ReceiveTrace(spec.transfer_id, self._rank, expected_s=now_s)
             event, known = self._expectation(spec)
             self.handle(event, now_s)
             for peer in event.writers:
                 if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
-                    self.handle(ev.PeerGone(peer, dead=True), now_s)
-                elif not known:
-                    self.handle(ev.PeerGone(peer, dead=False), now_s)
-            for sender, note in self._early.pop(spec.transfer_id, []):
+                    self.handle(ev.PeerGone(peer, dead=False, fenced=True), now_s)
+                elif not known or self._peers.find(peer) is None:
+                    self.handle(ev.PeerGone(peer, dead=False, fenced=self._peers.is_fenced(peer)), now_s)
+            for sender, note in self._early.pop(key, []):
                 self.note_came(sender, note, now_s)
 
     def _expectation(self, spec: ExpectSpec) -> tuple[ev.Expect, bool]:
@@ -101,11 +108,11 @@ class Receiving:
             self.handle(ev.Abandon(tid), now_s)
 
     def note_came(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote, now_s: float) -> None:
-        tid = note.transfer_id
-        if tid not in self._specs and tid not in self._over:
+        tid, key = note.transfer_id, (note.transfer_id, note.epoch)
+        if key not in self._specs and key not in self._over:
             self._hold_early(peer, note)
             return
-        trace = self._traces.get(tid)
+        trace = self._traces.get(key)
         if isinstance(note, wire.SealNote):
             if trace is not None:
                 trace.sealed_s = now_s
@@ -117,53 +124,50 @@ class Receiving:
             trace.writes += 1
             trace.bytes += note.payload_bytes
         rect = ev.Rect(note.group, note.layer_lo, note.layer_hi, note.block_lo, note.block_hi)
-        valid = self._taken_out(peer, note, rect) if note.slot >= 0 else self._verify(note, rect)
-        self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, valid), now_s)
+        fault = self._taken_out(peer, note, rect) if note.slot >= 0 else self._verify(note, rect)
+        if fault:
+            logger.error("write %d of %s from rank %d of %s %s", note.seq, tid, note.rank, peer.incarnation, fault)
+        self.handle(ev.Landed(peer, tid, note.epoch, note.seq, rect, note.payload_bytes, fault), now_s)
 
-    def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> bool:
-        """Landing mode: checked and converted into our blocks, as long as they are wanted."""
-        spec = self._specs.get(note.transfer_id)
-        if spec is None or note.epoch != spec.epoch or peer not in self._machine.awaited(note.transfer_id, note.epoch):
-            return True  # late or strange: the machine counts it, and the slot comes back with the transfer's end
-        trace, start_s = self._traces[note.transfer_id], self._clock()
-        if not self._landing.is_right(peer, note, rect):
-            logger.error("what landed of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
-            return False
+    def _taken_out(self, peer: ev.Peer, note: wire.WriteNote, rect: ev.Rect) -> str:
+        """Landing mode: checked and converted into our blocks, as long as they are wanted. Returns the fault."""
+        key = (note.transfer_id, note.epoch)
+        if key not in self._specs or peer not in self._machine.awaited(note.transfer_id, note.epoch):
+            return ""  # late or strange: the machine counts it, and the slot comes back with the transfer's end
+        trace, start_s = self._traces[key], self._clock()
+        if fault := self._landing.fault(peer, note, rect):
+            return fault
         checked_s = self._clock()
         trace.checksum_s += checked_s - start_s
         error = self._landing.take_out(peer, note, rect)
         trace.convert_s += self._clock() - checked_s
-        if error:
-            logger.error("%s of %s cannot be converted: %s", rect, note.transfer_id, error)
-        return not error
+        return f"cannot be converted: {error}" if error else ""
 
     def _hold_early(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote) -> None:
-        notes = self._early.setdefault(note.transfer_id, [])
+        notes = self._early.setdefault((note.transfer_id, note.epoch), [])
         if len(notes) < _EARLY_NOTES:
             notes.append((peer, note))
         while len(self._early) > _EARLY_TRANSFERS:
-            tid, _ = self._early.popitem(last=False)
+            (tid, _), _ = self._early.popitem(last=False)
             logger.warning("early notes of %s dropped: too many transfers that nobody expects", tid)
 
-    def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> bool:
-        """The checksum is right, or there is none to compare, or the machine will refuse the note anyway."""
-        spec = self._specs.get(note.transfer_id)
-        if spec is None or not note.checksum or not self._settings.checksum or note.epoch != spec.epoch:
-            return True
+    def _verify(self, note: wire.WriteNote, rect: ev.Rect) -> str:
+        """What is wrong with the bytes; "" also for a note that the machine will refuse anyway."""
+        spec = self._specs.get((note.transfer_id, note.epoch))
+        if spec is None:
+            return ""
         blocks = spec.blocks[rect.group] if 0 <= rect.group < len(spec.blocks) else None
         if blocks is None or rect.block_lo < blocks.lo or rect.block_hi > blocks.hi:
-            return True
+            return ""
         ids = blocks.ids[rect.block_lo - blocks.lo : rect.block_hi - blocks.lo]
         start_s = self._clock()
         try:
-            right = memory.checksum(runs_for(self._map, rect, ids)) == note.checksum
+            fault = self._verifier.fault(note, runs_for(self._map, rect, ids))
         except TransferError as error:
             logger.warning("note of %s: %s", note.transfer_id, error)
-            return True
-        self._traces[note.transfer_id].checksum_s += self._clock() - start_s
-        if not right:
-            logger.error("checksum of %s %s from rank %d is wrong", note.transfer_id, rect, note.rank)
-        return right
+            return ""
+        self._traces[note.transfer_id, note.epoch].checksum_s += self._clock() - start_s
+        return fault
 
     def answer_came(self, message: wire.Cancelled | wire.Failed, now_s: float) -> None:
         peer = ev.Peer(message.incarnation, message.rank)
@@ -183,11 +187,11 @@ class Receiving:
                         self._outbox.send(address, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
                 case ev.Report():
                     self._report(action, now_s)
-                case ev.Drained(tid, request_id):
-                    self._landing.close(tid)
-                    if tid not in self._landed:
-                        self._reports.append(RankReport(tid, request_id, "drained", True, ""))
-                    self._landed.discard(tid)
+                case ev.Drained(tid, request_id, epoch):
+                    self._landing.close(tid, epoch)
+                    slots = self._landed.pop((tid, epoch), None)
+                    if slots != 0:
+                        self._reports.append(RankReport(tid, request_id, "drained", True, "", -(slots or 0)))
 
     def tick(self, now_s: float) -> None:
         deadline_s = self._machine.next_deadline_s()
@@ -196,6 +200,10 @@ class Receiving:
 
     def deadline_s(self) -> float | None:
         return self._machine.next_deadline_s()
+
+    def holds(self, peer: ev.Peer) -> bool:
+        """Blocks or slots of ours may still be written by this peer."""
+        return self._machine.holds(peer)
 
     @property
     def active(self) -> bool:
@@ -207,9 +215,9 @@ class Receiving:
         return reports, ledgers
 
     def _report(self, action: ev.Report, now_s: float) -> None:
-        tid = action.transfer_id
-        spec, trace = self._specs.pop(tid), self._traces.pop(tid)
-        self._over[tid] = None
+        tid, key = action.transfer_id, (action.transfer_id, action.epoch)
+        spec, trace = self._specs.pop(key), self._traces.pop(key)
+        self._over[key] = None
         while len(self._over) > _REMEMBERED:
             self._over.popitem(last=False)
         trace.reported_s, trace.outcome, trace.reason = now_s, action.outcome.value, action.reason
@@ -221,15 +229,15 @@ class Receiving:
             logger.info("transfer %s ended as %s: %s", tid, action.outcome.value, action.reason)
         elif self._settings.debug_dump_dir:
             self._dump(spec)
-        drained = action.drained
+        drained, slots = action.drained, 0
         if drained:
-            self._landing.close(tid)
+            self._landing.close(tid, action.epoch)
         elif spec.landing:
             # Only slots are written to, and they stay lent until Drained; the blocks are the engine's at once.
-            self._landing.failed(tid)
-            self._landed.add(tid)
+            self._landing.failed(tid, action.epoch)
+            slots = self._landed[key] = self._landing.held(tid, action.epoch)
             drained = True
-        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))
+        self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason, slots))
         self._ledgers.append(facts(trace))
         logger.debug("received: %s", self._ledgers[-1])
 

@@ -24,6 +24,7 @@ from lmkv.transfer import events as ev
 from lmkv.weights import default_cache
 
 from . import compat
+from .cards import times
 from .contents import lora_settings
 from .decode import DecodeSide
 from .endpoint import EngineEndpoint
@@ -68,7 +69,7 @@ class SchedulerSide:
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book, runtime)
         self._context = runtime.context()
         self._outbox = Outbox(self._context)
-        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book, runtime)
+        self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book, self._adapters, runtime)
         self._decode = DecodeSide(
             settings,
             self._incarnation,
@@ -78,6 +79,7 @@ class SchedulerSide:
             self._outbox,
             self.book,
             parallel.tensor_parallel_size,
+            self._adapters,
             runtime,
         )
         self._sides: dict[str, PrefillSide | DecodeSide] = {}
@@ -142,6 +144,7 @@ class SchedulerSide:
                 self._block_tokens,
                 workers,
                 convert_dtype=self._settings.convert_dtype,
+                times=times(self._settings),
             )
             self._tell_private()
             self._endpoint.start(self._card, self._settings.peers, self._weights.private)

@@ -5,45 +5,32 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError, TransferError, TransportError
-from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
+from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
-from lmkv.transfer.fanout import Fan, transfer_of
-from lmkv.transfer.landing import Share, extents_into_slot, share_of
+from lmkv.transfer.fanout import transfer_of
 from lmkv.transfer.outgoing import SenderLimits
-from lmkv.transfer.plan import KvMap, extents_for, runs_for
 from lmkv.transfer.sender import Sender
-from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
+from lmkv.transport import Extents, OpId, Transport
 
-from . import dump, memory
+from . import memory
+from .checking import ALL_PPM, checksums_for, is_checked
 from .commands import LayersDone, Ready, StepDone
-from .peers import Pal, Peers
+from .peers import Peers
+from .source import Source
 from .specs import BlockRange, OfferSpec
-from .trace import SendTrace, facts
+from .targets import Targets
+from .trace import facts
 
 logger = logging.getLogger(__name__)
 
 _EARLY_TRANSFERS = 1024
-
-
-@dataclass(slots=True)
-class _Source:
-    """What the shell knows of one transfer: our block ids by group, the grants that came, the trace."""
-
-    trace: SendTrace
-    block_ids: tuple[list[int], ...]
-    fan: Fan
-    grants: dict[tuple[Incarnation, Epoch], wire.Grant] = field(default_factory=dict)
-    outcomes: list[ev.Finished] = field(default_factory=list)
-    """Of the lanes that have ended."""
 
 
 class Sending:
@@ -64,10 +51,10 @@ class Sending:
         self._rank = rank
         self._transport = transport
         self._found = found
-        self._block_tokens = found.block_tokens
         self._map = found.map()
         self._layers = self._map.layers()
-        self._checksum = settings.checksum and found.kind is MemoryKind.DRAM
+        self._checksums = checksums_for(found)
+        self._targets = Targets(found, self._map)
         self._peers = peers
         self._outbox = outbox
         self._machine = Sender(
@@ -78,11 +65,11 @@ class Sending:
                 max_inflight_bytes=settings.max_inflight_bytes,
                 lease_s=settings.lease_s,
                 hold_s=settings.hold_s,
+                early_grant_s=settings.deadline_s,
             )
         )
-        self._peer_maps: dict[PeerId, KvMap] = {}
-        self._shares: dict[tuple[PeerId, int], Share] = {}
-        self._sources: dict[TransferId, _Source] = {}
+        self._revoked: set[TransferId] = set()
+        self._sources: dict[TransferId, Source] = {}
         self._early_credits: OrderedDict[TransferId, list[wire.Credit]] = OrderedDict()
         self._ops: dict[OpId, tuple[TransferId, int]] = {}
         self._done: deque[ev.WriteDone] = deque()
@@ -95,7 +82,7 @@ class Sending:
         for offer in offers:
             source = self._source(offer.transfer_id)
             source.trace.offered_s = now_s
-            self._tell(source.fan.offer(offer.request_id), now_s)
+            self._tell(source.fan.offer(offer.request_id, offer.prompt), now_s)
 
     def ready(self, command: Ready, now_s: float) -> None:
         for push in command.pushes:
@@ -130,10 +117,42 @@ class Sending:
             if tid in self._sources:
                 self._tell(self._sources[tid].fan.withdraw(reason), now_s)
 
-    def preempted(self, tids: tuple[TransferId, ...], now_s: float) -> None:
+    def preempted(self, tids: tuple[TransferId, ...], now_s: float, gave_up: bool = False) -> None:
+        """Their blocks are to be overwritten once nothing of them is in flight.
+
+        `gave_up`: the engine has waited for that, has revoked them, and overwrites now. They fail for good.
+        """
+        if gave_up:
+            self._revoked.update(tids)
+            self._fail_revoked(now_s)
+            self._revoked.difference_update(tids)
+            return
         for tid in tids:
             if tid in self._sources:
                 self._tell(self._sources[tid].fan.preempt(), now_s)
+
+    def revoke(self, tids: Iterable[TransferId]) -> None:
+        """ENGINE thread: the blocks of these transfers are overwritten as soon as this returns, whatever is in flight.
+
+        Call it when a preemption's fence has timed out, then submit the preemption again with `gave_up`, which ends
+        the transfers and forgets them here. No write whose source was overwritten can count afterwards:
+
+        * The loop looks at the set after it has computed a write's checksum and before it posts the write. If the
+          transfer is in it, the write is dropped. If not, the checksum was computed before this call, hence from good
+          bytes; should other bytes be read later, the receiver sees that they do not match.
+        * It looks again after a Completion has been taken and before the machine hears of it. If the transfer is in the
+          set, it fails, and is not sealed. If not, the write had completed before this call, hence with good bytes.
+          Writes without a checksum count by such completions only (`Granted.all_checked`).
+        """
+        self._revoked.update(tids)
+
+    def _fail_revoked(self, now_s: float) -> None:
+        for tid in tuple(self._revoked):
+            source = self._sources.get(tid)
+            if source is not None and not source.revoked and source.fan.request_id is not None:
+                source.revoked = True
+                for event in source.fan.revoke("preempted, and its writes did not end in time"):
+                    self._perform(self._machine.handle(event, now_s), now_s)
 
     def not_needed_came(self, message: wire.NotNeeded, now_s: float) -> None:
         source = self._sources.get(message.transfer_id)
@@ -150,6 +169,13 @@ class Sending:
         source.trace.granted_s = source.trace.granted_s or now_s
         met = self._peers.met(grant.incarnation)
         ranks = sorted(met[1].sends) if met else [self._rank]
+        if met and grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
+            logger.info("grant of %s dropped: it is from before the pair was made anew", grant.transfer_id)
+            self._fail_other(grant, ranks, "it was granted before the pair was made anew")
+            self._tell(source.fan.withdraw("its grant is from before the pair was made anew"), now_s)
+            del source.grants[grant.incarnation, grant.epoch]
+            self._forget_if_closed(grant.transfer_id)
+            return
         if not ranks:
             reason = "other ranks have the heads that decode needs"
             self._tell([ev.NotNeededCame(grant.transfer_id, reason)], now_s)
@@ -157,10 +183,13 @@ class Sending:
             return
         self._tell(source.fan.open(ranks), now_s)
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
+        prompt = ev.Prompt(grant.prompt_digest, grant.prompt_tokens)
+        workers, wait_s = (met[0].workers, met[0].times.deadline_s) if met else ((), 0.0)
         for rank in ranks:
             peer, lane = ev.Peer(grant.incarnation, rank), source.fan.lane(rank)
-            slot_bytes = met[0].workers[rank].slot_bytes if met and grant.landing else 0
-            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, slot_bytes), now_s)
+            slot_bytes = workers[rank].slot_bytes if workers and grant.landing else 0
+            checked = bool(workers) and workers[rank].checked_ppm >= ALL_PPM
+            self.handle(ev.Granted(peer, lane, grant.epoch, blocks, prompt, slot_bytes, wait_s, checked), now_s)
             if self._forget_if_closed(grant.transfer_id):  # late: it was answered from the tombstone
                 self._fail_other(grant, ranks[1:])
                 return
@@ -174,10 +203,10 @@ class Sending:
             return True
         return False
 
-    def _fail_other(self, grant: wire.Grant, ranks: list[Rank]) -> None:
-        """The transfer has ended, and nothing was ever posted to these."""
+    def _fail_other(self, grant: wire.Grant, ranks: list[Rank], why: str = "the transfer has ended") -> None:
+        """Nothing was ever posted to these for this grant."""
         own = self._peers.own_incarnation
-        failed = wire.Failed(own, self._rank, grant.transfer_id, grant.epoch, "the transfer has ended")
+        failed = wire.Failed(own, self._rank, grant.transfer_id, grant.epoch, why)
         for rank in ranks:
             self._answer(ev.Peer(grant.incarnation, rank), failed)
 
@@ -213,8 +242,10 @@ class Sending:
             self.handle(event, now_s)
 
     def handle(self, event: ev.SenderEvent, now_s: float) -> None:
+        self._fail_revoked(now_s)  # before a WriteDone: see `revoke`
         self._perform(self._machine.handle(event, now_s), now_s)
         while self._done:  # writes that could not be posted: told only now, the machine is not re-entered
+            self._fail_revoked(now_s)
             self._perform(self._machine.handle(self._done.popleft(), now_s), now_s)
 
     def tick(self, now_s: float) -> None:
@@ -266,18 +297,18 @@ class Sending:
             self._ops[op] = (action.transfer_id, action.seq)
         trace.last_post_s = self._clock()
         trace.writes += 1
+        trace.retries += action.attempt
 
-    def _write(self, action: ev.PostWrite, source: _Source) -> OpId | None:
+    def _write(self, action: ev.PostWrite, source: Source) -> OpId | None:
         """Post one write; None when its rectangle has only null blocks, of which a note is sent."""
         pal = self._peers.find(action.peer)
         if pal is None:
             raise TransferError(f"peer {action.peer} is not connected")
+        if source.grants[action.peer.incarnation, action.epoch].pair != pal.engine.pair:
+            raise TransferError("it was granted before the pair was made anew")
         rect, grant = action.rect, source.grants[action.peer.incarnation, action.epoch]
         source_ids = source.block_ids[rect.group][rect.block_lo : rect.block_hi]
-        if action.slot >= 0:
-            local, remote = self._into_slot(pal, rect, source_ids, action.slot)
-        else:
-            local, remote = self._into_blocks(pal, rect, source_ids, grant)
+        local, remote = self._targets.extents(pal, rect, source_ids, grant, action.slot)
         trace = source.trace
         trace.first_post_s = trace.first_post_s or self._clock()
         note = wire.WriteNote(
@@ -291,9 +322,11 @@ class Sending:
             rect.block_lo,
             rect.block_hi,
             self._machine.limits.rect_bytes(rect),
-            memory.checksum(local.table[:, :2]) if self._checksum else 0,
+            self._checksum(pal.worker.checked_ppm, action, local),
             action.slot,
         )
+        if grant.transfer_id in self._revoked:
+            raise TransferError("its blocks are being overwritten")
         if len(local) == 0:
             self._transport.notify(pal.transport_id, wire.encode(note))
             return None
@@ -301,25 +334,14 @@ class Sending:
         trace.bytes += local.total_bytes
         return self._transport.write(pal.transport_id, local, remote, wire.encode(note))
 
-    def _into_blocks(self, pal: Pal, rect: ev.Rect, ids: list[int], grant: wire.Grant) -> tuple[Extents, Extents]:
-        target = self._peer_maps.get(pal.transport_id)
-        if target is None:
-            target = self._peer_maps[pal.transport_id] = KvMap.from_card(pal.worker)
-        first = grant.first_block[rect.group]
-        target_ids = grant.block_ids[rect.group][rect.block_lo - first : rect.block_hi - first]
-        return extents_for(self._map, target, rect, ids, target_ids)
-
-    def _into_slot(self, pal: Pal, rect: ev.Rect, ids: list[int], slot: int) -> tuple[Extents, Extents]:
-        key = (pal.transport_id, rect.group)
-        share = self._shares.get(key)
-        if share is None:
-            heads = pal.engine.meeting.sends[pal.peer.rank][rect.group]
-            tokens = self._block_tokens[rect.group]
-            share = self._shares[key] = share_of(self._found.geometries[rect.group], heads, tokens)
-        worker = pal.worker
-        address = worker.slots_address + slot * worker.slot_bytes
-        kind, device = MemoryKind(worker.kind), worker.layers[0].device
-        return extents_into_slot(self._map, share, rect, ids, address, worker.slot_bytes, kind, device)
+    def _checksum(self, ppm: int, action: ev.PostWrite, local: Extents) -> int | None:
+        """What the receiver demands of this write."""
+        tid = transfer_of(action.transfer_id)
+        if not is_checked(ppm, tid, action.epoch, self._rank, action.seq):
+            return None
+        if self._checksums is None:
+            raise TransferError("the peer demands checksums, and this engine's memory has none (kv_verify)")
+        return self._checksums.of(local.table[:, :2])
 
     def _seal(self, action: ev.SendSeal, now_s: float) -> None:
         tid = transfer_of(action.transfer_id)
@@ -352,6 +374,7 @@ class Sending:
         if not source.fan.over:
             return
         del self._sources[tid]
+        self._revoked.discard(tid)
         if action.request_id is not None:
             self._sent.append(action.request_id)
         worst = next((end for end in source.outcomes if end.outcome is not ev.SendOutcome.SENT), action)
@@ -365,24 +388,11 @@ class Sending:
         if worst.outcome is not ev.SendOutcome.SENT:
             logger.info("transfer %s ended as %s %s", tid, worst.outcome.value, worst.reason)
         elif self._settings.debug_dump_dir and grant is not None:
-            self._dump(tid, source, grant)
+            source.dump(self._settings.debug_dump_dir, grant, self._found, self._map)
         self._ledgers.append(facts(trace))
 
-    def _dump(self, tid: TransferId, source: _Source, grant: wire.Grant) -> None:
-        for group, (lo, ids) in enumerate(zip(grant.first_block, grant.block_ids, strict=True)):
-            own = source.block_ids[group][lo : lo + len(ids)]
-            path = Path(self._settings.debug_dump_dir, f"{tid}-prefill-{self._rank}-{group}.kv")
-            if grant.landing:
-                first_token = lo * self._block_tokens[group]
-                tokens = (max(first_token, grant.first_token), grant.prompt_tokens)
-                dump.dump_page(path, self._found, group, own, tokens, first_token)
-            else:
-                rect = ev.Rect(group, 0, self._layers[group], lo, lo + len(ids))
-                dump.dump_runs(path, runs_for(self._map, rect, own, ids))
-
-    def _source(self, tid: TransferId) -> _Source:
+    def _source(self, tid: TransferId) -> Source:
         source = self._sources.get(tid)
         if source is None:
-            tables: tuple[list[int], ...] = tuple([] for _ in self._layers)
-            source = self._sources[tid] = _Source(SendTrace(tid, self._rank), tables, Fan(tid))
+            source = self._sources[tid] = Source.of(tid, self._rank, len(self._layers))
         return source

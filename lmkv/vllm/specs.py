@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
+from lmkv.transfer.events import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Push:
 class OfferSpec:
     transfer_id: TransferId
     request_id: RequestId
+    prompt: Prompt
     report: bool = True
     """The scheduler waits for finished_sending of this request."""
 
@@ -64,6 +66,8 @@ class RankReport:
     outcome: str
     drained: bool
     reason: str
+    slots: int = 0
+    """Landing slots that go into quarantine with a failed receive, or (negative) come out of it."""
 
 
 # --- the pool ---

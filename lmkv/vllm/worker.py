@@ -15,11 +15,11 @@ import torch
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import split_address
 from lmkv.control.runtime import THREADS, Runtime
-from lmkv.errors import ConfigError
 from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transport import MemoryKind
 
 from . import memory
+from .cards import worker_card
 from .commands import (
     Abandoned,
     Ended,
@@ -107,7 +107,6 @@ class WorkerSide:
                 self._layer[name] = (group, index)
         self._sizes = found.map().layer_block_bytes()
         if found.kind is MemoryKind.VRAM:
-            self._check_times()
             self._fence = _record_cuda_event
         host, _ = split_address(self._settings.listen)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
@@ -129,20 +128,10 @@ class WorkerSide:
             return None
         return memory.landing_slots(self._settings.landing_bytes, self._settings.landing_slot_bytes, device)
 
-    def _check_times(self) -> None:
-        """Without checksums a write that lands late must find a receiver that has given up (see SenderLimits)."""
-        own = self._settings
-        if own.lease_s + own.hold_s < own.deadline_s:
-            raise ConfigError(
-                f"lease_s {own.lease_s} + hold_s {own.hold_s} is below deadline_s {own.deadline_s}; device memory is "
-                "not checksummed, so a write to a silent peer must not outlive it",
-                hint="raise hold_s or lower deadline_s",
-            )
-
     def handshake(self) -> HandshakeMeta:
         assert self._loop is not None and self._memory is not None
         found = self._memory
-        card = found.card(self._rank, self._loop.address, self._settings.transport.split(":")[0], self._loop.export)
+        card = worker_card(found, self._settings, self._rank, self._loop.address, self._loop.export)
         return HandshakeMeta(card, found.layout, self._unpooled)
 
     def close(self) -> None:
@@ -170,7 +159,8 @@ class WorkerSide:
             logger.error("stores of preempted requests %s are given up: their blocks are wanted", meta.overwritten)
         left_s = max(0.0, until_s - self._runtime.clock())
         if meta.preempted and not self._runtime.wait(preempted.drained, left_s):
-            logger.error("writes of preempted transfers %s are still in flight; they will fail", meta.preempted)
+            loop.revoke(preempted.transfer_ids)
+            logger.error("transfers of preempted requests %s are given up: their blocks are wanted", meta.preempted)
 
     def bind(self, meta: StepMeta) -> None:
         loop = self._loop

@@ -16,10 +16,10 @@ from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.control.wake import has_mail
-from lmkv.errors import WireError
-from lmkv.ids import Rank
+from lmkv.errors import PeerLostError, StateError, WireError
+from lmkv.ids import Rank, TransferId
 from lmkv.transfer import events as ev
-from lmkv.transport import Completion, Notification, PeerId, PeerLost, Transport
+from lmkv.transport import Completion, Notification, OpId, PeerId, PeerLost, Transport
 
 from .commands import (
     Abandoned,
@@ -39,6 +39,7 @@ from .commands import (
     Withdrawn,
 )
 from .memory import KvMemory
+from .pal import REMOTE_DRAIN_S, Loss
 from .peers import Peers
 from .pooled.rank import PoolRank
 from .receiving import Receiving
@@ -74,6 +75,7 @@ class WorkerLoop:
         runtime: Runtime = THREADS,
     ) -> None:
         self._runtime = runtime
+        self._rank = rank
         self._transport = transport
         self._memory = memory
         self._context = runtime.context()
@@ -90,7 +92,12 @@ class WorkerLoop:
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
-        self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
+        self._lost_ops: list[tuple[float, OpId]] = []
+        """Operations that a replaced data plane had in flight, and when nothing of them can land any more."""
+        self._irreplaceable = False
+        self._peers = Peers(
+            transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone, self._holds
+        )
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
         self._export: bytes | None = None
@@ -118,6 +125,12 @@ class WorkerLoop:
     def submit(self, command: Command) -> None:
         self._commands.append(command)
         self._runner.wake()
+
+    def revoke(self, transfer_ids: tuple[TransferId, ...]) -> None:
+        """Their blocks are overwritten from now on, although writes may still read them: the transfers fail for good,
+        and nothing that was in flight counts (see `Sending.revoke`)."""
+        self._sending.revoke(transfer_ids)
+        self.submit(Preempted(transfer_ids, gave_up=True))
 
     def take(self, wait_s: float = 0.0) -> Results:
         """What has ended since the last call; waits so long for something to end."""
@@ -163,6 +176,7 @@ class WorkerLoop:
         self._take_commands(now_s)
         self._take_events(now_s)
         self._peers.tick(now_s)
+        self._replace_data_plane(now_s)
         self._sending.tick(now_s)
         self._receiving.tick(now_s)
         if self._pool is not None:
@@ -222,7 +236,7 @@ class WorkerLoop:
                 case Abandoned():
                     self._receiving.abandoned(command.transfer_ids, now_s)
                 case Preempted():
-                    self._sending.preempted(command.transfer_ids, now_s)
+                    self._sending.preempted(command.transfer_ids, now_s, command.gave_up)
                     self._fences.append(command)
                 case _:
                     self._take_pool_command(command, now_s)
@@ -300,10 +314,40 @@ class WorkerLoop:
             return
         self._receiving.note_came(peer, note, now_s)
 
-    def _peer_gone(self, peer: ev.Peer, dead: bool) -> None:
+    def _replace_data_plane(self, now_s: float) -> None:
+        """The way out of a quarantine that nobody can end: a new data plane, to which old connections do not lead.
+
+        Writes of ours that were in flight may still land at their targets for a while, so their end is told only then.
+        """
+        for due_s, op in [lost for lost in self._lost_ops if lost[0] <= now_s]:
+            self._lost_ops.remove((due_s, op))
+            error = PeerLostError("the data plane was made anew")
+            if self._pool is None or not self._pool.completed(op, error, now_s):
+                self._sending.completed(op, error, now_s)
+        overdue = self._peers.overdue(now_s)
+        if not overdue or self._irreplaceable:
+            return
+        try:
+            ops, peers = self._transport.replace(f"lmkv-{self._rank}-{self._runtime.entropy(8).hex()}")
+        except StateError as error:
+            logger.error("blocks that %s may still write stay in quarantine: %s", overdue, error)
+            self._irreplaceable = True
+            return
+        logger.error("the data plane was made anew, to free what lost peers may still write: %s", overdue)
+        for transport_id in peers if self._pool is not None else ():
+            assert self._pool is not None
+            self._pool.peer_lost(transport_id, "the data plane was made anew")
+        self._lost_ops += [(now_s + REMOTE_DRAIN_S, op) for op in ops if not self._peers.is_probe(op)]
+        self._peers.replaced(self._transport.export())
+
+    def _peer_gone(self, peer: ev.Peer, loss: Loss) -> None:
         now_s = self._runtime.clock()
-        self._sending.handle(ev.PeerGone(peer, dead), now_s)
-        self._receiving.handle(ev.PeerGone(peer, dead), now_s)
+        gone = ev.PeerGone(peer, dead=loss is Loss.DEAD, fenced=loss is Loss.FENCED)
+        self._sending.handle(gone, now_s)
+        self._receiving.handle(gone, now_s)
+
+    def _holds(self, peer: ev.Peer) -> bool:
+        return self._receiving.holds(peer)
 
     def _publish(self, now_s: float) -> None:
         for fence in self._fences:

@@ -11,6 +11,7 @@ from lmkv.transfer.events import (
     Offer,
     Peer,
     PostWrite,
+    Prompt,
     PromptDone,
     Rect,
     SenderAction,
@@ -21,6 +22,7 @@ from lmkv.transfer.sender import Sender, SenderLimits
 
 T, U = TransferId("t"), TransferId("u")
 R = RequestId("r")
+P = Prompt(b"p" * 16, 64)
 D = Peer(Incarnation("d"), Rank(0))
 OTHER = Peer(Incarnation("e"), Rank(0))
 LIMITS = SenderLimits((10,), (4,), max_post_bytes=80, max_inflight_bytes=160)
@@ -40,14 +42,14 @@ class Run:
 
     def live(self, *rects: Rect, done: bool = True) -> list[SenderAction]:
         computed = [Computed(T, rect) for rect in rects]
-        return self.go(Offer(T, R), grant(1), *computed, *([PromptDone(T)] if done else []))
+        return self.go(Offer(T, R, P), grant(1), *computed, *([PromptDone(T)] if done else []))
 
     def land(self, *seqs: int, error: str = "") -> list[SenderAction]:
         return self.go(*(WriteDone(T, seq, error) for seq in seqs))
 
 
 def grant(epoch: int, blocks: tuple[int, int] = (0, 4), peer: Peer = D, tid: TransferId = T) -> Granted:
-    return Granted(peer, tid, Epoch(epoch), (blocks,))
+    return Granted(peer, tid, Epoch(epoch), (blocks,), P)
 
 
 def cancel(epoch: int, peer: Peer = D, tid: TransferId = T) -> CancelCame:

@@ -21,7 +21,7 @@ from lmkv.transfer.routes import engine_routes, routes
 from lmkv.transfer.slots import FIRST, Borrower, SlotRing
 from lmkv.wire import LayerCard, WorkerCard
 
-from .driving import ALL, D, R, Run, T, grant, of, posts
+from .driving import ALL, D, P, R, Run, T, grant, of, posts
 
 # --- routes ---
 
@@ -203,11 +203,11 @@ def test_idle_writers_hold_few() -> None:
 
 def test_lanes_are_told_what_was_said_before() -> None:
     fan = Fan(T)
-    assert fan.offer(R) == [ev.Offer(T, R)]
+    assert fan.offer(R, P) == [ev.Offer(T, R, P)]
     assert fan.compute(ALL) == [ev.Computed(T, ALL)]
     assert fan.prompt_done() == [ev.PromptDone(T)]
     lane = TransferId(f"{T}@1")
-    assert fan.open([Rank(0), Rank(1)]) == [ev.Offer(lane, R), ev.Computed(lane, ALL), ev.PromptDone(lane)]
+    assert fan.open([Rank(0), Rank(1)]) == [ev.Offer(lane, R, P), ev.Computed(lane, ALL), ev.PromptDone(lane)]
     assert fan.open([Rank(0), Rank(1)]) == []
     assert fan.lane(Rank(0)) == T and fan.lane(Rank(1)) == lane and transfer_of(lane) == T
     assert fan.withdraw("x") == [ev.Withdraw(T, "x"), ev.Withdraw(lane, "x")]
@@ -220,7 +220,7 @@ def test_lanes_are_told_what_was_said_before() -> None:
 def test_a_grant_before_the_offer_opens_all_lanes() -> None:
     fan = Fan(T)
     assert fan.open([Rank(2), Rank(3)]) == []
-    assert [e.transfer_id for e in fan.offer(R) if isinstance(e, ev.Offer)] == [T, f"{T}@3"]
+    assert [e.transfer_id for e in fan.offer(R, P) if isinstance(e, ev.Offer)] == [T, f"{T}@3"]
     fan.compute(ALL)
     assert fan.preempt() and fan.computed == [] and not fan.done
 
@@ -230,7 +230,7 @@ def test_a_grant_before_the_offer_opens_all_lanes() -> None:
 
 def landing(epoch: int) -> ev.Granted:
     direct = grant(epoch)
-    return ev.Granted(direct.peer, direct.transfer_id, direct.epoch, direct.blocks, slot_bytes=40)
+    return ev.Granted(direct.peer, direct.transfer_id, direct.epoch, direct.blocks, P, slot_bytes=40)
 
 
 def credit(*slots: int, epoch: int = 1) -> ev.Credited:
@@ -243,7 +243,7 @@ def slots_of(actions: list[ev.SenderAction]) -> list[int]:
 
 def test_nothing_is_posted_without_a_slot() -> None:
     run = Run()
-    assert posts(run.go(ev.Offer(T, R), landing(1), ev.Computed(T, ALL), ev.PromptDone(T))) == []
+    assert posts(run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ALL), ev.PromptDone(T))) == []
     first = run.go(credit(5, 3))
     assert slots_of(first) == [5, 3] and of(ev.SendSeal, first) == []
     assert all(run.machine.limits.rect_bytes(rect) <= 40 for _, rect in posts(first))
@@ -253,20 +253,20 @@ def test_nothing_is_posted_without_a_slot() -> None:
 
 def test_credit_before_the_kv_waits_for_it() -> None:
     run = Run()
-    assert slots_of(run.go(ev.Offer(T, R), landing(1), credit(1, 2, 3, 4))) == []
+    assert slots_of(run.go(ev.Offer(T, R, P), landing(1), credit(1, 2, 3, 4))) == []
     assert slots_of(run.go(ev.Computed(T, ev.Rect(0, 0, 1, 0, 4)))) == [1]
 
 
 def test_a_failed_write_is_repeated_into_its_slot() -> None:
     run = Run()
-    actions = run.go(ev.Offer(T, R), landing(1), ev.Computed(T, ALL), credit(9))
+    actions = run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ALL), credit(9))
     assert slots_of(actions) == [9]
     assert slots_of(run.go(ev.WriteDone(T, 0, "error"))) == [9]
 
 
 def test_credit_of_an_older_epoch_or_an_ended_transfer_is_nothing() -> None:
     run = Run()
-    run.go(ev.Offer(T, R), landing(2), ev.Computed(T, ALL))
+    run.go(ev.Offer(T, R, P), landing(2), ev.Computed(T, ALL))
     assert run.go(credit(1, epoch=1)) == [] and run.machine.counters.stray == 1
     run.go(ev.CancelCame(D, T, Epoch(2)))
     assert run.go(credit(1, epoch=2)) == []
@@ -274,14 +274,14 @@ def test_credit_of_an_older_epoch_or_an_ended_transfer_is_nothing() -> None:
 
 def test_a_new_epoch_starts_without_slots() -> None:
     run = Run()
-    run.go(ev.Offer(T, R), landing(1), ev.Computed(T, ev.Rect(0, 0, 1, 0, 4)), credit(1, 2))
+    run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ev.Rect(0, 0, 1, 0, 4)), credit(1, 2))
     assert slots_of(run.go(landing(2))) == []
     assert slots_of(run.go(credit(4, epoch=2))) == [4]
 
 
 def test_preempted_slots_are_used_again() -> None:
     run = Run()
-    run.go(ev.Offer(T, R), landing(1), ev.Computed(T, ev.Rect(0, 0, 1, 0, 4)), credit(1))
+    run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ev.Rect(0, 0, 1, 0, 4)), credit(1))
     run.go(ev.Computed(T, ev.Rect(0, 1, 2, 0, 4)), ev.Preempted(T))
     assert slots_of(run.go(credit(2), ev.Computed(T, ev.Rect(0, 1, 2, 0, 4)))) == [2]
 
@@ -289,7 +289,9 @@ def test_preempted_slots_are_used_again() -> None:
 def test_a_transfer_without_slots_holds_up_no_other() -> None:
     run = Run()
     other = TransferId("u" * 32)
-    run.go(ev.Offer(T, R), landing(1), ev.Computed(T, ALL))
-    actions = run.go(ev.Offer(other, RequestId("s")), grant(1, tid=other), ev.Computed(other, ev.Rect(0, 0, 1, 0, 4)))
+    run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ALL))
+    actions = run.go(
+        ev.Offer(other, RequestId("s"), P), grant(1, tid=other), ev.Computed(other, ev.Rect(0, 0, 1, 0, 4))
+    )
     assert [a.transfer_id for a in of(ev.PostWrite, actions)] == [other]
     assert all(a < b for a, b in pairwise(seq for seq, _ in posts(actions)))

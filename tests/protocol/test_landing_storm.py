@@ -15,6 +15,8 @@ from lmkv.transfer.receiver import Receiver, ReceiverLimits
 from lmkv.transfer.sender import Sender, SenderLimits
 from lmkv.transfer.slots import Borrower, Loan, SlotRing
 
+from .driving import P as PROMPT
+
 LAYERS, BLOCKS, CELL_BYTES = 3, 4, 10
 P, D = ev.Peer(Incarnation("p"), Rank(0)), ev.Peer(Incarnation("d"), Rank(1))
 EPOCH = Epoch(1)
@@ -46,9 +48,9 @@ class Storm:
     def begin(self, tid: TransferId) -> None:
         """Grant and credit travel on their own; prefill's engine announces the request when it likes."""
         self.loaded[tid] = set()
-        grant = ev.Granted(D, tid, EPOCH, ((0, BLOCKS),), slot_bytes=30)
+        grant = ev.Granted(D, tid, EPOCH, ((0, BLOCKS),), PROMPT, slot_bytes=30)
         expect = ev.Expect(tid, RequestId(tid), EPOCH, (P,), (WHOLE,), LAYERS * BLOCKS * CELL_BYTES)
-        self.net += [("grant", (grant, expect)), ("sender", ev.Offer(tid, RequestId(tid)))]
+        self.net += [("grant", (grant, expect)), ("sender", ev.Offer(tid, RequestId(tid), PROMPT))]
 
     def step(self) -> None:
         kind, what = self.net.pop(self.random.randrange(len(self.net)))
@@ -92,7 +94,8 @@ class Storm:
             assert self.memory[post.slot] == (tid, post.rect), "overwritten before it was taken out"
             self.loaded[tid] |= set(self.cells(post.rect))
             self.lend(self.ring.taken_out(borrower, post.slot))
-        size, right = len(self.cells(post.rect)) * CELL_BYTES, self.random.random() >= self.corrupt
+        size = len(self.cells(post.rect)) * CELL_BYTES
+        right = "" if self.random.random() >= self.corrupt else "is corrupt"
         self.to_receiver(ev.Landed(P, tid, EPOCH, post.seq, post.rect, size, right))
 
     @staticmethod

@@ -12,7 +12,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lmkv.ids import TransferId
 from lmkv.transfer import events as ev
+from lmkv.transfer.events import Prompt
 
+from .driving import P
 from .things import DECODE, PROMPT, Flight, prefill_peer
 from .world import World
 
@@ -24,11 +26,13 @@ GRANTS = st.sampled_from(
 )
 WAITS = st.sampled_from([0.5] * 8 + [1.0] * 6 + [3.0] * 4 + [11.0] * 3 + [35.0, 61.0, 125.0])
 FAULTS = st.sampled_from(
-    ["fail", "fail in part", "preempt", "withdraw", "abandon", "drop", "partition", "suspect"] * 2
+    ["fail", "fail in part", "preempt", "revoke", "withdraw", "abandon", "drop", "partition", "suspect"] * 2
     + [
         "end_prompt",
         "not needed",
         "break link",
+        "cut",
+        "cut",
         "kill prefill",
         "kill decode",
         "prove",
@@ -38,6 +42,9 @@ FAULTS = st.sampled_from(
         "heal",
     ]
 )
+PROMPTS = st.sampled_from(
+    [P] * 6 + [Prompt(b"q" * 16, P.tokens), Prompt(P.digest, P.tokens + 1), Prompt(b"", P.tokens)]
+)
 Blocks = tuple[tuple[int, int], ...]
 
 
@@ -45,15 +52,23 @@ class Hostile(RuleBasedStateMachine):
     """Rules pick from what is possible by an index, so that every draw means something."""
 
     ranks: ClassVar[int] = 1
+    checked: ClassVar[bool] = True
     faults: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(self.ranks)
+        self.world = World(self.ranks, checked=self.checked)
         self.epochs = dict.fromkeys(TIDS, 0)
 
-    @initialize(offers=st.lists(st.booleans(), min_size=4, max_size=4), granted=st.booleans(), blocks=GRANTS)
-    def begin(self, offers: list[bool], granted: bool, blocks: Blocks) -> None:
+    @initialize(
+        offers=st.lists(st.booleans(), min_size=4, max_size=4),
+        granted=st.booleans(),
+        blocks=GRANTS,
+        prompts=st.tuples(PROMPTS, PROMPTS),
+    )
+    def begin(self, offers: list[bool], granted: bool, blocks: Blocks, prompts: tuple[Prompt, Prompt]) -> None:
+        if self.faults:
+            self.world.prompts = {tid: prompt for tid, prompt in zip(TIDS, prompts, strict=True) if prompt != P}
         for tid, offered in zip(TIDS * 2, offers, strict=True):
             if offered:
                 self.offer(tid, offers.index(offered))
@@ -153,7 +168,7 @@ class Hostile(RuleBasedStateMachine):
         match what:
             case "fail" | "fail in part" | "corrupt":
                 self._spoil(pick, what)
-            case "preempt" | "end_prompt" | "withdraw":
+            case "preempt" | "end_prompt" | "withdraw" | "revoke":
                 self._disturb(what, rank, tid)
             case "abandon":
                 self.world.to_receiver(ev.Abandon(tid))
@@ -185,7 +200,8 @@ class Hostile(RuleBasedStateMachine):
     def _disturb(self, what: str, rank: int, tid: TransferId) -> None:
         side = self.world.prefill[rank]
         job = side.jobs.get(tid)
-        if job and (what == "withdraw" or not job.told_end) and job.offered and side.alive and not job.withdrawn:
+        may = what in ("withdraw", "revoke") or (job and not job.told_end)
+        if job and may and job.offered and side.alive and not job.withdrawn and not job.revoked:
             getattr(self.world, what)(rank, tid)
 
     def _lose(self, what: str, rank: int) -> None:
@@ -193,6 +209,8 @@ class Hostile(RuleBasedStateMachine):
         match what:
             case "break link":
                 world.break_link(rank)
+            case "cut" if side.alive and world.decode_alive:
+                world.cut(rank)
             case "kill prefill" if side.alive:
                 world.kill_prefill(rank)
             case "kill decode" if world.decode_alive:
@@ -210,6 +228,12 @@ class Hostile(RuleBasedStateMachine):
 
 class HostileTwoRanks(Hostile):
     ranks = 2
+
+
+class HostileUnchecked(HostileTwoRanks):
+    """Writes carry no checksums: what was in flight when its source was overwritten must not count all the same."""
+
+    checked = False
 
 
 class Friendly(Hostile):
@@ -231,10 +255,16 @@ class Friendly(Hostile):
         assert {job.finished.outcome for s in world.prefill for job in s.jobs.values() if job.finished} == {"sent"}
 
 
+class FriendlyUnchecked(Friendly):
+    """Everything is loaded though seals wait for the writes."""
+
+    checked = False
+
+
 @pytest.mark.parametrize(
     ("machine", "examples"),
-    [(Hostile, 100), (HostileTwoRanks, 100), (Friendly, 30)],
-    ids=["one rank", "two ranks", "no faults"],
+    [(Hostile, 100), (HostileTwoRanks, 100), (HostileUnchecked, 100), (Friendly, 30), (FriendlyUnchecked, 30)],
+    ids=["one rank", "two ranks", "no checksums", "no faults", "no faults, no checksums"],
 )
 def test_whatever_happens(machine: type[Hostile], examples: int) -> None:
     profile = settings.get_profile(settings.get_current_profile_name())

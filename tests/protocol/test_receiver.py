@@ -56,7 +56,7 @@ def expect(*writers: Peer, epoch: int = 1, rects: tuple[Rect, ...] = (ALL,), siz
 
 def landed(seq: int, rect: Rect, peer: Peer = P, epoch: int = 1, *, valid: bool = True) -> Landed:
     size = 10 * (rect.layer_hi - rect.layer_lo) * (rect.block_hi - rect.block_lo)
-    return Landed(peer, T, Epoch(epoch), seq, rect, size, valid)
+    return Landed(peer, T, Epoch(epoch), seq, rect, size, "" if valid else "is corrupt")
 
 
 def sealed(writes: int = 2, size: int = 160, peer: Peer = P, epoch: int = 1) -> Sealed:
@@ -280,3 +280,48 @@ def test_everything_is_forgotten() -> None:
 def test_limits_are_checked() -> None:
     with pytest.raises(ConfigError):
         ReceiverLimits(deadline_s=0)
+
+
+# --- a transfer id that is used again ---
+
+
+def test_a_reused_id_fails_with_its_reason_and_frees_its_blocks() -> None:
+    run = Run().expecting(P)
+    assert reports(run.go(*GOOD)) == [("loaded", True)]
+    again = Expect(T, RequestId("again"), E1, (P,), (ALL,), 160)
+    assert cancels(run.go(again)) == [P], "nothing is known of what may land in the new blocks"
+    actions = run.go(CancelledCame(P, T, E1))
+    assert reports(actions) == [("failed", True)] and "used before, by request r" in reason(actions)
+    assert run.machine.active == 0
+
+
+def test_a_reused_id_can_be_abandoned_and_ends_without_an_answer() -> None:
+    run = Run().expecting(P)
+    run.go(*GOOD)
+    run.go(Expect(T, RequestId("again"), E1, (P,), (ALL,), 160), Abandon(T))
+    assert reports(run.go(CancelledCame(P, T, E1))) == [("abandoned", True)]
+    run = Run().expecting(P)
+    run.go(*GOOD)
+    run.go(Expect(T, RequestId("again"), E1, (P,), (ALL,), 160))
+    assert reports(run.go(Tick(), at=2.0)) == [("failed", False)], "by the grace, not by the deadline"
+
+
+def test_an_id_in_use_fails_at_once_and_is_drained_with_the_first() -> None:
+    run = Run().expecting(P)
+    again = Expect(T, RequestId("again"), E1, (P,), (ALL,), 160)
+    actions = run.go(again, again)
+    assert reports(actions) == [("failed", False)] and "in use by request r" in reason(actions)
+    assert run.machine.awaited(T, E1) == [P]
+    actions = run.go(*GOOD)
+    assert reports(actions) == [("loaded", True)]
+    assert [a.request_id for a in actions if isinstance(a, Drained)] == ["again"]
+
+
+# --- cut off, and back ---
+
+
+def test_a_peer_that_was_cut_off_may_be_granted_again() -> None:
+    run = Run().expecting(P)
+    assert reports(run.go(PeerGone(P, False, fenced=True))) == [("failed", True)]
+    run.go(Heard(P), expect(P, epoch=2))
+    assert reports(run.go(landed(0, TOP, epoch=2), landed(1, BOTTOM, epoch=2), sealed(epoch=2))) == [("loaded", True)]

@@ -13,6 +13,7 @@ from lmkv.transfer.events import (
     Offer,
     PeerGone,
     PostWrite,
+    Prompt,
     PromptDone,
     Rect,
     SendFailed,
@@ -20,7 +21,7 @@ from lmkv.transfer.events import (
 )
 from lmkv.transfer.sender import SenderLimits
 
-from .driving import ALL, D, R, Run, T, U, ends, grant, of, posts
+from .driving import ALL, D, P, R, Run, T, U, ends, grant, of, posts
 
 # --- posting ---
 
@@ -41,7 +42,7 @@ def test_a_cell_larger_than_a_post_and_a_window_goes_alone() -> None:
 def test_the_window_holds_back_and_keeps_order() -> None:
     run = Run()
     first = [Computed(T, Rect(0, layer, layer + 1, 0, 4)) for layer in range(4)]
-    actions = run.go(Offer(T, R), grant(1), Offer(U, RequestId("s")), grant(1, tid=U), *first)
+    actions = run.go(Offer(T, R, P), grant(1), Offer(U, RequestId("s"), P), grant(1, tid=U), *first)
     assert len(posts(actions)) == 4 and run.machine.in_flight_bytes(D) == 160
     assert run.go(Computed(U, Rect(0, 0, 1, 0, 2)), Computed(U, Rect(0, 1, 2, 0, 4))) == []
     assert run.machine.queued(D) == 2
@@ -51,15 +52,38 @@ def test_the_window_holds_back_and_keeps_order() -> None:
 
 def test_only_granted_blocks_are_sent() -> None:
     run = Run()
-    actions = run.go(Offer(T, R), grant(1, (1, 3)), Computed(T, ALL), PromptDone(T))
+    actions = run.go(Offer(T, R, P), grant(1, (1, 3)), Computed(T, ALL), PromptDone(T))
     assert posts(actions) == [(0, Rect(0, 0, 4, 1, 3))]
     assert of(SendSeal, actions) == [SendSeal(D, T, Epoch(1), 1, 80)]
+
+
+@pytest.mark.parametrize("mine", [Prompt(b"q" * 16, 64), Prompt(P.digest, 63), Prompt(b"", 64)])
+def test_kv_of_another_prompt_is_not_sent(mine: Prompt) -> None:
+    run = Run()
+    actions = run.go(Offer(T, R, mine), Computed(T, ALL), grant(1), PromptDone(T))
+    assert posts(actions) == [] and ends(actions) == ["failed"]
+    assert of(SendFailed, actions)[0].reason.startswith("prompt: ")  # type: ignore[union-attr]
+    late = run.go(grant(2))
+    assert posts(late) == [] and [type(a) for a in late] == [SendFailed]
+
+
+def test_two_unknown_prompts_are_not_equal() -> None:
+    unknown = Prompt(b"", 64)
+    assert "adapter" in unknown.differs(unknown) and P.differs(P) == ""
+
+
+def test_a_newer_grant_is_compared_again() -> None:
+    run = Run()
+    run.live(Rect(0, 0, 1, 0, 4), done=False)
+    other = Granted(D, T, Epoch(2), ((0, 4),), Prompt(b"q" * 16, 64))
+    assert posts(run.go(other, Computed(T, ALL))) == []
+    assert ends(run.land(0)) == ["failed"]
 
 
 def test_the_backlog_before_the_grant_is_merged() -> None:
     run = Run(SenderLimits((10,), (4,)))
     rects = [Rect(0, layer, layer + 1, lo, lo + 2) for lo in (0, 2) for layer in range(4)]
-    run.go(Offer(T, R), *(Computed(T, rect) for rect in rects))
+    run.go(Offer(T, R, P), *(Computed(T, rect) for rect in rects))
     assert posts(run.go(grant(1))) == [(0, ALL)]
 
 
@@ -121,7 +145,7 @@ def test_the_seal_comes_with_the_last_post() -> None:
 
 def test_an_empty_grant_is_sealed_at_once() -> None:
     run = Run()
-    actions = run.go(Offer(T, R), grant(1, (4, 4)), PromptDone(T))
+    actions = run.go(Offer(T, R, P), grant(1, (4, 4)), PromptDone(T))
     assert of(SendSeal, actions) == [SendSeal(D, T, Epoch(1), 0, 0)] and ends(actions) == ["sent"]
 
 
@@ -160,5 +184,5 @@ def test_an_impossible_rect_fails_the_transfer_only(rect: Rect) -> None:
 
 def test_a_grant_of_other_groups_fails() -> None:
     run = Run()
-    actions = run.go(Offer(T, R), Granted(D, T, Epoch(1), ((0, 1), (0, 1))))
+    actions = run.go(Offer(T, R, P), Granted(D, T, Epoch(1), ((0, 1), (0, 1)), P))
     assert ends(actions) == ["failed"] and len(of(SendFailed, actions)) == 1

@@ -23,7 +23,7 @@ from lmkv.transfer.events import (
 )
 from lmkv.transfer.sender import SenderLimits
 
-from .driving import ALL, OTHER, D, R, Run, T, U, cancel, ends, grant, of, posts
+from .driving import ALL, OTHER, D, P, R, Run, T, U, cancel, ends, grant, of, posts
 
 # --- before the offer ---
 
@@ -31,7 +31,7 @@ from .driving import ALL, OTHER, D, R, Run, T, U, cancel, ends, grant, of, posts
 def test_a_grant_may_come_first() -> None:
     run = Run()
     run.go(grant(1))
-    assert len(posts(run.go(Offer(T, R), Computed(T, ALL)))) == 2
+    assert len(posts(run.go(Offer(T, R, P), Computed(T, ALL)))) == 2
 
 
 def test_an_early_grant_expires_and_the_late_offer_ends_too() -> None:
@@ -39,7 +39,7 @@ def test_an_early_grant_expires_and_the_late_offer_ends_too() -> None:
     run.go(grant(1))
     actions = run.go(Tick(), at=60.0)
     assert [type(a) for a in actions] == [SendFailed, Finished] and ends(actions) == ["expired"]
-    assert run.go(Offer(T, R)) == [Finished(T, R, actions[1].outcome, actions[1].reason)]  # type: ignore[union-attr]
+    assert run.go(Offer(T, R, P)) == [Finished(T, R, actions[1].outcome, actions[1].reason)]  # type: ignore[union-attr]
 
 
 def test_early_ones_are_bounded_and_what_is_refused_is_not_answered() -> None:
@@ -48,15 +48,15 @@ def test_early_ones_are_bounded_and_what_is_refused_is_not_answered() -> None:
     v = TransferId("v")
     assert run.go(grant(1, tid=v), cancel(1, tid=v)) == [], "an answer that is not remembered could become a lie"
     assert run.machine.counters.early_refused == 2
-    run.go(Offer(T, R))
+    run.go(Offer(T, R, P))
     assert of(SendCancelled, run.go(cancel(1, tid=v))) == [SendCancelled(D, v, Epoch(1))]
 
 
 def test_not_needed_before_and_after_the_offer() -> None:
     run = Run()
     assert run.go(NotNeededCame(T, "hit")) == []
-    assert ends(run.go(Offer(T, R))) == ["not_needed"]
-    assert ends(run.go(Offer(U, R), NotNeededCame(U, "hit"))) == ["not_needed"]
+    assert ends(run.go(Offer(T, R, P))) == ["not_needed"]
+    assert ends(run.go(Offer(U, R, P), NotNeededCame(U, "hit"))) == ["not_needed"]
     assert of(SendFailed, run.go(grant(1, tid=U))) != []
 
 
@@ -76,7 +76,7 @@ def test_cancel_of_the_unknown_is_answered_and_remembered() -> None:
     run = Run()
     assert run.go(cancel(3)) == [SendCancelled(D, T, Epoch(3))]
     assert run.go(grant(2)) == [SendCancelled(D, T, Epoch(2))], "answered, not served"
-    assert ends(run.go(Offer(T, R))) == ["cancelled"]
+    assert ends(run.go(Offer(T, R, P))) == ["cancelled"]
     assert run.go(Computed(T, ALL)) == []
 
 
@@ -99,7 +99,7 @@ def test_cancel_of_another_peer_is_answered_and_changes_nothing() -> None:
 
 def test_cancelled_while_being_computed() -> None:
     run = Run()
-    run.go(Offer(T, R))
+    run.go(Offer(T, R, P))
     actions = run.go(cancel(1))
     assert [type(a) for a in actions] == [SendCancelled, Finished] and ends(actions) == ["cancelled"]
     assert run.go(Computed(T, ALL), PromptDone(T), Withdraw(T, "late")) == []
@@ -122,7 +122,7 @@ def test_grants_after_the_end() -> None:
     assert run.go(grant(1)) == [], "it has everything"
     assert len(of(SendFailed, run.go(grant(2)))) == 1
     run = Run()
-    run.go(Offer(T, R), Withdraw(T, "aborted"))
+    run.go(Offer(T, R, P), Withdraw(T, "aborted"))
     assert run.go(grant(1)) == [SendFailed(D, T, Epoch(1), "aborted", 0)] == run.go(grant(1))
 
 
@@ -141,7 +141,7 @@ def test_a_grant_while_ending_is_answered_after_drain() -> None:
 
 def test_no_grant_expires() -> None:
     run = Run()
-    run.go(Offer(T, R), Computed(T, ALL))
+    run.go(Offer(T, R, P), Computed(T, ALL))
     assert run.machine.next_deadline_s() is None, "the engine is still computing"
     run.go(PromptDone(T), at=5.0)
     assert run.machine.next_deadline_s() == 35.0
@@ -180,7 +180,7 @@ def test_a_live_peer_that_cancelled_bounds_the_wait() -> None:
 def test_a_dead_peer_ends_all_its_transfers() -> None:
     run = Run()
     run.live(ALL)
-    run.go(Offer(U, R), grant(1, tid=U))
+    run.go(Offer(U, R, P), grant(1, tid=U))
     assert ends(run.go(PeerGone(D, True))) == ["peer_lost"], "the one without writes"
     run.land(0, error="lost")
     actions = run.land(1, error="lost")
@@ -228,10 +228,10 @@ def test_a_transfer_is_open_until_its_finished() -> None:
 def test_every_offer_is_finished_once() -> None:
     run = Run()
     run.live(ALL)
-    assert run.go(Offer(T, R)) == []
-    assert ends(run.go(Offer(T, RequestId("another")))) == ["failed"], "one transfer id, one request"
+    assert run.go(Offer(T, R, P)) == []
+    assert ends(run.go(Offer(T, RequestId("another"), P))) == ["failed"], "one transfer id, one request"
     assert ends(run.land(0, 1)) == ["sent"]
-    assert run.go(Offer(T, R)) == [] and run.land(0, 1) == []
+    assert run.go(Offer(T, R, P)) == [] and run.land(0, 1) == []
 
 
 def test_everything_is_forgotten() -> None:

@@ -56,6 +56,7 @@ class Job:
     told_end: bool = False
     """PromptDone or Withdraw has been said."""
     withdrawn: bool = False
+    revoked: bool = False
     fenced: bool = False
     """Preempted: the blocks are overwritten as soon as nothing of it is in flight."""
     finished: ev.Finished | None = None
@@ -111,6 +112,8 @@ class PrefillRank:
         self.alive = True
         self.proven_dead = False
         self.link_broken = False
+        self.void: set[tuple[TransferId, Epoch]] = set()
+        """Granted before the connection was made anew."""
         self.heard_s = float("-inf")
         self.newest: dict[TransferId, Epoch] = {}
         self.posted: Counter[tuple[TransferId, Epoch, Cell]] = Counter()

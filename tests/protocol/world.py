@@ -12,6 +12,8 @@ from lmkv.transfer.receiver import Receiver, ReceiverLimits
 from lmkv.transfer.rects import cells_of
 from lmkv.transfer.sender import SenderLimits
 
+from .driving import P
+from .endings import Endings
 from .things import (
     CELL_BYTES,
     DECODE,
@@ -19,7 +21,6 @@ from .things import (
     MAX_DELAY_S,
     PROMPT,
     RECEIVER,
-    RECEIVER_BOUND_S,
     SENDER,
     Cell,
     Flight,
@@ -33,8 +34,12 @@ from .things import (
 )
 
 
-class World:
-    def __init__(self, ranks: int, limits: SenderLimits = SENDER, receiver: ReceiverLimits = RECEIVER) -> None:
+class World(Endings):
+    def __init__(
+        self, ranks: int, limits: SenderLimits = SENDER, receiver: ReceiverLimits = RECEIVER, *, checked: bool = True
+    ) -> None:
+        self.checked = checked
+        """Writes carry checksums. Without, decode believes whatever lands."""
         self.now = 100.0
         self.limits = limits
         self.prefill = [PrefillRank(rank, limits) for rank in range(ranks)]
@@ -48,6 +53,8 @@ class World:
         """Ranks that do not get what decode sends on the control plane."""
         self.deaf_to_prefill: set[int] = set()
         """Ranks whose control messages do not get to decode."""
+        self.prompts: dict[TransferId, ev.Prompt] = {}
+        """What prefill takes for the prompt, where that is not decode's."""
         self.log: list[tuple[float, str, object]] = []
 
     # --- feeding the machines -----------------------------------------------------------------------------------------
@@ -97,10 +104,12 @@ class World:
         job, region = side.jobs[tid], self.regions[tid, post.epoch]
         size = self.limits.rect_bytes(rect)
         assert post.peer == DECODE
+        assert tid not in self.prompts, "posted KV of another prompt"
         assert self.now - side.heard_s < self.limits.lease_s, "posted when the lease was over"
         assert post.epoch == side.newest[tid], "posted for an old epoch"
         assert post.epoch > side.promised.get(tid, -1), "posted after promising that nothing would land"
         assert job.offered and job.finished is None and not job.withdrawn, "posted for an ended request"
+        assert not job.revoked, "posted from blocks that are being overwritten"
         assert not job.fenced, "posted while the engine waits to overwrite the blocks"
         assert not side.proven_dead and not self.decode_proven_dead, "posted to a dead peer"
         assert size <= max(self.limits.max_post_bytes, CELL_BYTES[rect.group]), "too large a post"
@@ -116,13 +125,16 @@ class World:
             stamp[cell] = job.memory[cell]
         flight = Flight(side.rank, post, stamp)
         self.flights.append(flight)
-        if side.link_broken or not self.decode_alive:
+        if side.link_broken or not self.decode_alive or (tid, post.epoch) in side.void:
             flight.done = "connection lost"
 
     def _seal(self, side: PrefillRank, tid: TransferId, epoch: Epoch, writes: int, size: int) -> None:
         granted = {cell for rect in self.regions[tid, epoch].rects for cell in cells(rect)}
         posted = {cell for t, e, cell in side.posted if (t, e) == (tid, epoch)}
         assert posted == granted, "sealed before everything was posted"
+        assert not side.jobs[tid].revoked, "sealed though its blocks are being overwritten"
+        mine = [f for f in self.flights if f.rank == side.rank and f.post.transfer_id == tid]
+        assert self.checked or not mine, "sealed while unchecked writes are in flight"
         assert size == sum(CELL_BYTES[group] for group, _, _ in granted) and (writes > 0) == (size > 0)
 
     def _promise(self, side: PrefillRank, peer: ev.Peer, tid: TransferId, epoch: Epoch) -> None:
@@ -179,12 +191,12 @@ class World:
         if report.outcome is ev.ReceiveOutcome.LOADED:
             for rank in range(len(self.prefill)):
                 for cell in (cell for rect in region.rects for cell in cells(rect)):
-                    have, right = region.memory.get((rank, cell)), self.right(rank, region.tid, cell)
+                    have, right = region.memory.get((rank, cell)), f"kv/{rank}/{region.tid}/{cell}"
                     assert have == right, f"loaded, but {cell} of rank {rank} holds {have}"
 
-    @staticmethod
-    def right(rank: int, tid: TransferId, cell: Cell) -> str:
-        return f"kv/{rank}/{tid}/{cell}"
+    def right(self, rank: int, tid: TransferId, cell: Cell) -> str:
+        """What prefill computes for a cell: another prompt gives other KV, which decode must never see."""
+        return f"{'other prompt' if tid in self.prompts else 'kv'}/{rank}/{tid}/{cell}"
 
     # --- the data plane -----------------------------------------------------------------------------------------------
 
@@ -195,18 +207,19 @@ class World:
             return
         region = self.regions[post.transfer_id, post.epoch]
         assert not region.closed, f"{post} lands in blocks that have been given away"
-        valid = True
+        fault = ""
         for i, cell in enumerate(cells(post.rect)):
             if part and i:
                 return
             region.memory[flight.rank, cell] = "damaged" if flight.corrupt else job.memory[cell]
-            valid &= region.memory[flight.rank, cell] == flight.stamp[cell]
+            if self.checked and region.memory[flight.rank, cell] != flight.stamp[cell]:
+                fault = "is corrupt"
         if part:
             return
         flight.landed = True
         note = ev.Landed(
             prefill_peer(flight.rank), post.transfer_id, post.epoch, post.seq, post.rect,
-            self.limits.rect_bytes(post.rect), valid,
+            self.limits.rect_bytes(post.rect), fault,
         )  # fmt: skip
         self.net.append(Message(None, note, self.now, False))
 
@@ -244,7 +257,7 @@ class World:
     def offer(self, rank: int, tid: TransferId) -> None:
         job = self.prefill[rank].jobs.setdefault(tid, Job(tid))
         job.offered = True
-        self.to_sender(rank, ev.Offer(tid, RequestId(f"p-{tid}")))
+        self.to_sender(rank, ev.Offer(tid, RequestId(f"p-{tid}"), self.prompts.get(tid, P)))
 
     def compute(self, rank: int, tid: TransferId) -> None:
         """The next rectangle, or PromptDone after the last."""
@@ -267,6 +280,14 @@ class World:
         job.told_end = job.withdrawn = True
         self.to_sender(rank, ev.Withdraw(tid, "aborted"))
 
+    def revoke(self, rank: int, tid: TransferId) -> None:
+        """The engine has waited for long enough: it overwrites the blocks, whatever is in flight."""
+        job = self.prefill[rank].jobs[tid]
+        job.told_end = job.revoked = True
+        job.fenced = False
+        self._overwrite(job)
+        self.to_sender(rank, ev.Revoke(tid, "preempted"))
+
     def preempt(self, rank: int, tid: TransferId) -> None:
         job = self.prefill[rank].jobs[tid]
         job.step, job.told_end, job.fenced = 0, False, True
@@ -277,7 +298,14 @@ class World:
         for side in self.prefill:
             side.jobs.setdefault(tid, Job(tid))
             if side.rank not in self.deaf_to_decode:
-                self.net.append(Message(side.rank, ev.Granted(DECODE, tid, Epoch(epoch), blocks), self.now, True))
+                self.net.append(
+                    Message(
+                        side.rank,
+                        ev.Granted(DECODE, tid, Epoch(epoch), blocks, P, all_checked=self.checked),
+                        self.now,
+                        True,
+                    )
+                )
         return region
 
     def expect(self, region: Region) -> None:
@@ -293,6 +321,16 @@ class World:
         """Its posted writes may land until decode has proven the death and drained the connection."""
         self.prefill[rank].alive = False
         self.net = [m for m in self.net if m.rank != rank]
+
+    def cut(self, rank: int) -> None:
+        """The connection is reset under both, which live on and pair anew: what was granted before is void."""
+        side = self.prefill[rank]
+        side.void |= set(self.regions)
+        for flight in self.flights:
+            if flight.rank == rank and not flight.landed:
+                flight.done = flight.done or "connection lost"
+        self.to_receiver(ev.PeerGone(side.peer, False, True))
+        self.to_sender(rank, ev.PeerGone(DECODE, False, True))
 
     def prove_prefill_dead(self, rank: int) -> None:
         self.flights = [f for f in self.flights if f.rank != rank]
@@ -335,64 +373,3 @@ class World:
         due, before = self.decode.next_deadline_s(), len(self.log)
         self.to_receiver(ev.Tick())
         assert (due is not None and due <= self.now) or len(self.log) <= before + 1, f"late: {self.log[before:]}"
-
-    # --- the end of a run ---------------------------------------------------------------------------------------------
-
-    def flush(self) -> None:
-        """Everything in the air arrives, until nothing is."""
-        for _ in range(10_000):
-            if self.net:
-                self.deliver(self.net[0])
-            elif self.flights:
-                flight = self.flights[0]
-                if flight.done is None:
-                    if not flight.landed:
-                        self.land(flight)
-                    flight.done = ""
-                if self.prefill[flight.rank].alive:
-                    self.deliver_done(flight)
-                else:
-                    self.flights.remove(flight)
-            else:
-                return
-        raise AssertionError("the network does not come to rest")
-
-    def heal(self) -> None:
-        """Links come back, deaths become known, engines finish what they began; then time passes."""
-        self.deaf_to_decode.clear()
-        self.deaf_to_prefill.clear()
-        for side in self.prefill:
-            if not side.alive and not side.proven_dead:
-                self.prove_prefill_dead(side.rank)
-        if not self.decode_alive and not self.decode_proven_dead:
-            self.prove_decode_dead()
-        for region in list(self.regions.values()):
-            if not region.expected:
-                self.expect(region)
-        self.flush()
-        for side in self.prefill:
-            for job in side.jobs.values():
-                while job.offered and not job.told_end:
-                    self.compute(side.rank, job.tid)
-        for _ in range(RECEIVER_BOUND_S // 2):
-            self.flush()
-            self.advance(2.0)
-
-    def check_end(self) -> None:
-        """Invariant 1: one terminal state on each rank, one Report an Expect, one Finished an Offer, nothing left."""
-        for side in self.prefill:
-            if not side.alive:
-                continue
-            for job in side.jobs.values():
-                assert not job.offered or job.finished is not None, f"{job.tid} never finished on rank {side.rank}"
-            assert side.machine.active == 0 and side.machine.in_flight_bytes(DECODE) == 0
-            assert side.machine.queued(DECODE) == 0
-        if self.decode_alive:
-            for region in self.regions.values():
-                assert region.report is not None, f"{region.tid} epoch {region.epoch} was never reported"
-                assert region.closed, f"{region.tid} epoch {region.epoch} stays in quarantine"
-            assert self.decode.active == 0
-        self.advance(400.0, step=9.0)
-        for side in self.prefill:
-            assert not side.alive or not side.machine._transfers, "the sender remembers for ever"
-        assert not self.decode_alive or not (self.decode._grants or self.decode._early or self.decode._newest)

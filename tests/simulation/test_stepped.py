@@ -21,7 +21,7 @@ from lmkv.pool.serve import open_tiers
 from lmkv.pool.settings import NodeSettings
 from lmkv.transport import Transport
 from lmkv.vllm import memory
-from lmkv.vllm.commands import Loading, Results, Stored
+from lmkv.vllm.commands import BlockHold, Loading, Results, Stored
 from lmkv.vllm.endpoint import EngineEndpoint
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.pooled.lookup import Lookup, Lookups
@@ -96,7 +96,7 @@ class Engine:
 
     def store(self, blocks: tuple[int, ...]) -> None:
         spec = StoreSpec(REQUEST, NAMESPACE, 0, tuple(self.keys(len(blocks))), (BlockRange(0, 0, blocks),))
-        self.loop.submit(Stored((spec,), None))
+        self.loop.submit(Stored((spec,), (BlockHold(),), None))
         assert self.loop.drain(10.0)
 
     def seek(self, chunks: int, wait_s: float = 0.0) -> Lookup:

@@ -72,11 +72,12 @@ class Keep(logging.Handler):
         seen.append(record.getMessage())
 logging.getLogger("lmkv").addHandler(Keep())
 import lmkv.transport.nixl as nixl
-nixl._event_possible = lambda: False
+from lmkv.transport import nixl_agent
+nixl_agent._event_possible = lambda bindings: False
 t = nixl.NixlTransport("f", options={"progress": "event"})
 print(t.progress, len(seen), "falls back" in seen[0])
 t.close()
-nixl._event_possible = lambda: True
+nixl_agent._event_possible = lambda bindings: True
 config = nixl._bindings.nixlAgentConfig
 class Wrapper:
     @staticmethod

@@ -54,10 +54,10 @@ class Net:
 
     def _deliver(self, target: Pairing, message: wire.Control) -> list[Action]:
         match message:
-            case wire.Hello(sender):
-                return target.hello(sender)
-            case wire.Welcome(sender):
-                return target.welcome(sender)
+            case wire.Hello(sender, number):
+                return target.hello(sender, number)
+            case wire.Welcome(sender, number):
+                return target.welcome(sender, number)
             case wire.Refuse():
                 return target.refuse(message.address, message.reason)
         raise AssertionError(message)
@@ -88,7 +88,7 @@ def test_welcome_waits_for_every_worker() -> None:
     b.introduced(Rank(0), Incarnation("a1"), "", 0.0)
     assert b.state(A)[0] is PairState.PENDING
     actions = b.introduced(Rank(1), Incarnation("a1"), "", 0.0)
-    assert actions == [ToEngine(A, wire.Welcome(b.card))] and b.state(A)[0] is PairState.READY
+    assert actions == [ToEngine(A, wire.Welcome(b.card, 1))] and b.state(A)[0] is PairState.READY
 
 
 def test_both_may_start_at_once() -> None:
@@ -106,7 +106,7 @@ def test_refusal_names_the_field_to_whoever_waits_and_is_tried_again_later() -> 
     assert state is PairState.REFUSED and "'model'" in reason and "serve one model" in reason
     assert isinstance(net.answers[0], wire.Met) and "'model'" in net.answers[0].refused
     assert a.want(B, 1.0, (b"router", "t2")) == [Answer(b"router", wire.Met("t2", "", "", reason))]
-    assert a.want(B, 6.0) == [ToEngine(B, wire.Hello(a.card))]
+    assert a.want(B, 6.0) == [ToEngine(B, wire.Hello(a.card, 1))]
     assert b.ready_peers() == []
 
 
@@ -200,3 +200,37 @@ def test_only_what_must_match_is_taken_from_a_new_card() -> None:
     a.hello(forged)
     seen = a.ready_card(B)
     assert seen is not None and len(seen.workers) == 1 and seen.layout == {}
+
+
+def test_a_side_that_was_cut_off_makes_the_pair_anew_and_voids_its_grants() -> None:
+    """Only A has lost the connection; B must part from the old pair before it serves grants of the new one."""
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert (a.number(B), b.number(A)) == (1, 1)
+    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "connection lost", 5.0))
+    assert a.state(B)[0] is PairState.PENDING and a.number(B) == 2
+    net.dismissed.clear()
+    net.do(a, a.want(B, 7.0))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert net.dismissed == [Incarnation("a1")], "B's workers part from A first"
+    assert (a.number(B), b.number(A)) == (2, 1)
+    net.dismissed.clear()
+    net.do(a, a.want(B, 20.0))
+    net.do(b, b.want(A, 20.0))
+    assert net.dismissed == [], "no ping-pong"
+
+
+def test_a_data_plane_that_was_made_anew_is_told_to_all_peers() -> None:
+    a, b, net = pair()
+    net.do(a, a.want(B, 0.0))
+    actions, addresses = a.replaced(Rank(0), b"new export")
+    assert actions == [ToWorkers(wire.Dismiss(Incarnation("b1"), dead=False))] and addresses == [B]
+    assert a.card.workers[0].export == b"new export" and a.state(B)[0] is PairState.PENDING
+    net.dismissed.clear()
+    net.do(a, a.want(B, 0.1))
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert net.dismissed == [Incarnation("a1")]
+    known = b.ready_card(A)
+    assert known is not None and known.workers[0].export == b"new export"
+    assert a.number(B) == 2, "grants from before are void"

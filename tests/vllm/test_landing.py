@@ -17,6 +17,7 @@ from lmkv.ids import EngineName, Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import Peer, Rect
 from lmkv.transfer.landing import extents_into_slot, share_of
 from lmkv.vllm import memory
+from lmkv.vllm.checking import ALL_PPM, HostChecksums, Verifier
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.landing import LandingSlots
 from lmkv.vllm.meeting import Meeting
@@ -65,7 +66,14 @@ class Bench:
             address_of=lambda peer: self.inbox.address,
             own_incarnation=US,
         )
-        self.landing = LandingSlots(Rank(1), self.ours, peers, self.outbox, False)  # type: ignore[arg-type]
+        self.landing = LandingSlots(
+            Rank(1),
+            self.ours,
+            peers,
+            self.outbox,
+            False,
+            Verifier(ALL_PPM, HostChecksums()),  # type: ignore[arg-type]
+        )
         self.spec = ExpectSpec(TID, RequestId("r"), Epoch(1), THEM, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),))
         self.landing.open(self.spec)
 
@@ -113,7 +121,7 @@ def test_what_lands_ends_up_in_the_blocks_and_the_slot_goes_round(bench: Bench) 
     assert len(first) == 2
     before = bench.target.clone()
     note = bench.write(first[0], ALL, IDS)
-    assert bench.landing.is_right(PREFILL, note, ALL)
+    assert bench.landing.fault(PREFILL, note, ALL) == ""
     assert bench.landing.take_out(PREFILL, note, ALL) == ""
     assert len(bench.credits()) >= 1, "an active writer gets more"
     tokens = torch.cat([bench.source[:, i, 2:4] for i in IDS], dim=2)[:, :, :TOKENS]
@@ -128,7 +136,7 @@ def test_a_flipped_bit_is_seen(bench: Bench) -> None:
     note = bench.write(slot, ALL, IDS)
     assert bench.ours.slots is not None
     bench.ours.slots.slot(slot, 1000)[999] ^= 4
-    assert not bench.landing.is_right(PREFILL, note, ALL)
+    assert bench.landing.fault(PREFILL, note, ALL) == "is corrupt"
 
 
 @pytest.mark.parametrize(
@@ -146,14 +154,14 @@ def test_a_flipped_bit_is_seen(bench: Bench) -> None:
 def test_what_cannot_be_is_not_believed(bench: Bench, peer: Peer, slot: int, rect: Rect) -> None:
     note = bench.write(0, ALL, IDS)
     told = wire.WriteNote(TID, Epoch(1), peer.rank, 0, 0, 0, 2, 0, 3, 1, note.checksum, slot)
-    assert not bench.landing.is_right(peer, told, rect)
+    assert bench.landing.fault(peer, told, rect) not in ("", "is corrupt")
 
 
 def test_slots_come_back_with_the_end(bench: Bench) -> None:
     held = set(bench.credits())
-    bench.landing.failed(TID)
+    bench.landing.failed(TID, Epoch(1))
     assert bench.credits() == [], "the failed gets no more"
-    bench.landing.close(TID)
+    bench.landing.close(TID, Epoch(1))
     bench.landing.open(bench.spec)
     assert set(bench.credits()) <= {0, 1, 2, 3} and len(held) == 2
     unknown = ExpectSpec(TID, RequestId("r"), Epoch(1), Incarnation("gone"), (), (0, 0), ((0, 1),))

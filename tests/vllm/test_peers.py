@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -13,9 +18,11 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Incarnation, Rank
+from lmkv.process import own_process
 from lmkv.transfer.events import Peer
 from lmkv.transport import Completion, Extents, PeerLost, Region, Transport, open_transport
-from lmkv.vllm.peers import DEPARTED_PROBE_S, Peers
+from lmkv.vllm.pal import Loss
+from lmkv.vllm.peers import DEPARTED_PROBE_S, DEPARTED_S, DRAIN_S, REMOTE_DRAIN_S, Peers
 
 THEM = Incarnation("them")
 PEER = Peer(THEM, Rank(0))
@@ -41,8 +48,9 @@ class Bench:
         self.ours, self.theirs = Side(), Side()
         self.engine, self.worker = Inbox(context, "tcp://127.0.0.1:0"), Inbox(context, "tcp://127.0.0.1:0")
         self.outbox = Outbox(context, watch=True)
-        self.gone: list[tuple[Peer, bool]] = []
+        self.gone: list[tuple[Peer, Loss]] = []
         self.now_s = 100.0
+        self.holding = True
         settings = ConnectorSettings(lease_s=5, beat_s=1)
         self.peers = Peers(
             self.ours.transport,
@@ -51,6 +59,7 @@ class Bench:
             self.ours.extents,
             settings,
             lambda p, d: self.gone.append((p, d)),
+            lambda peer: self.holding,
         )
         card = wire.WorkerCard(
             Rank(0),
@@ -65,6 +74,28 @@ class Bench:
         engine = wire.EngineCard(EngineName("e"), THEM, "tcp://127.0.0.1:1", "prefill", {}, {}, (16,), (card,))
         self.own = wire.EngineCard(EngineName("o"), Incarnation("us"), self.engine.address, "decode", {}, {}, (16,), ())
         self.introduction = wire.Introduce(engine, self.own)
+
+    def unfenced(self, process: wire.ProcessCard | None = None, worker_address: str = "") -> None:
+        """As over NIXL: PeerLost says nothing of what the peer may still write. The peer is `process`."""
+        transport = self.ours.transport
+        transport.capabilities = replace(transport.capabilities, loss_is_fence=False)  # type: ignore[misc]
+        card = self.introduction.card
+        worker = msgspec.structs.replace(
+            card.workers[0],
+            process=process or wire.ProcessCard("another host", "pid:[1]", 7, 7),
+            address=worker_address or card.workers[0].address,
+        )
+        self.introduction = wire.Introduce(msgspec.structs.replace(card, workers=(worker,)), self.own)
+
+    def successor(self, **changes: object) -> wire.Introduce:
+        """Another incarnation at the same address, whose data plane cannot be reached."""
+        card = self.introduction.card
+        worker = card.workers[0]
+        process = msgspec.structs.replace(worker.process, **changes)
+        worker = msgspec.structs.replace(worker, process=process, export=b"junk")
+        return wire.Introduce(
+            msgspec.structs.replace(card, incarnation=Incarnation("new"), workers=(worker,)), self.own
+        )
 
     def run(self, seconds: float = 0.0) -> None:
         """Let time pass and both data planes work."""
@@ -122,21 +153,21 @@ def test_silence_ends_a_pair_and_beats_keep_it(bench: Bench) -> None:
         assert bench.peers.heard(wire.Beat(THEM, Rank(0), 1.0), bench.now_s) == PEER
     assert bench.gone == []
     bench.run(6.0)
-    assert bench.gone == [(PEER, False)] and bench.peers.find(PEER) is None
+    assert bench.gone == [(PEER, Loss.SILENT)] and bench.peers.find(PEER) is None
     told = bench.told()
     while not any("silent" in error for error in told):
         told += bench.told()
 
 
-def test_a_dismissed_peer_is_probed_until_its_death_is_proven(bench: Bench) -> None:
+def test_a_dismissed_peer_is_probed_until_it_is_fenced(bench: Bench) -> None:
     bench.peers.introduce(bench.introduction, bench.now_s)
     bench.run()
     bench.peers.dismiss(THEM, dead=False)
-    assert bench.gone == [(PEER, False)]
+    assert bench.gone == [(PEER, Loss.SILENT)]
     bench.theirs.transport.abort()
     bench.run(DEPARTED_PROBE_S)
     bench.run(DEPARTED_PROBE_S)
-    assert bench.gone == [(PEER, False), (PEER, True)]
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.FENCED)]
     bench.run(DEPARTED_PROBE_S)
     assert len(bench.gone) == 2
 
@@ -151,7 +182,7 @@ def test_a_dismissed_peer_may_come_back(bench: Bench) -> None:
     assert pal is not None and pal.ready
 
 
-def test_death_is_told_once(bench: Bench) -> None:
+def test_a_loss_is_told_once(bench: Bench) -> None:
     bench.peers.introduce(bench.introduction, bench.now_s)
     bench.run()
     bench.worker.close()
@@ -160,7 +191,7 @@ def test_death_is_told_once(bench: Bench) -> None:
         bench.run(0.2)
         if bench.gone:
             break
-    assert bench.gone == [(PEER, True)]
+    assert bench.gone == [(PEER, Loss.FENCED)]
     bench.peers.dismiss(THEM, dead=True)
     assert len(bench.gone) == 1
 
@@ -171,3 +202,87 @@ def test_a_peer_that_cannot_be_connected_is_refused(bench: Bench) -> None:
     broken = wire.EngineCard(card.name, THEM, card.address, card.role, {}, {}, (16,), (worker,))
     bench.peers.introduce(wire.Introduce(broken, bench.own), bench.now_s)
     assert "cannot connect" in bench.told()[0]
+
+
+# --- what proves a death, and what does not ---
+
+
+def test_a_lost_connection_proves_nothing_and_is_never_forgotten_while_it_matters(bench: Bench) -> None:
+    bench.unfenced()
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.theirs.transport.abort()
+    bench.peers.transport_lost(bench.theirs.transport.name, "reset")
+    assert bench.gone == [(PEER, Loss.SILENT)]
+    for _ in range(30):
+        bench.run(DEPARTED_S / 10)
+    assert bench.gone == [(PEER, Loss.SILENT)], "no timer frees what it may still write"
+    assert bench.peers.overdue(bench.now_s) == [PEER]
+    bench.holding = False
+    bench.run(1.0)
+    bench.holding = True
+    assert bench.peers.overdue(bench.now_s) == [], "forgotten once it holds nothing"
+
+
+def test_the_end_of_a_process_on_this_host_is_seen(bench: Bench) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as running:
+        started = int(Path(f"/proc/{running.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        bench.unfenced(msgspec.structs.replace(own_process(), pid=running.pid, started=started))
+        bench.peers.introduce(bench.introduction, bench.now_s)
+        bench.run()
+        bench.peers.dismiss(THEM, dead=False)
+        bench.run(DEPARTED_PROBE_S)
+        bench.run(DEPARTED_PROBE_S)
+        assert bench.gone == [(PEER, Loss.SILENT)], "it runs"
+        running.kill()
+    bench.run(DEPARTED_PROBE_S)
+    assert bench.gone == [(PEER, Loss.SILENT)], "what it had sent is given time to drain"
+    bench.run(DRAIN_S)
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
+
+
+def test_another_process_at_its_address_on_its_host_is_a_proof(bench: Bench) -> None:
+    bench.unfenced()
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.peers.dismiss(THEM, dead=False)
+    for same in ({}, {"host": "a third host", "pid": 8}, {"namespace": "pid:[2]", "pid": 8}):
+        bench.peers.introduce(bench.successor(**same), bench.now_s)
+        bench.run(REMOTE_DRAIN_S)
+        assert bench.gone == [(PEER, Loss.SILENT)], same
+    bench.peers.introduce(bench.successor(pid=8), bench.now_s)
+    bench.run(REMOTE_DRAIN_S / 2)
+    assert bench.gone == [(PEER, Loss.SILENT)], "its kernel may still send"
+    bench.run(REMOTE_DRAIN_S / 2)
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
+
+
+def test_a_peer_that_was_cut_off_is_connected_anew(bench: Bench) -> None:
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.unfenced()
+    bench.peers.introduce(bench.introduction, bench.now_s)  # its card has changed: parted and connected again
+    bench.run()
+    pal = bench.peers.find(PEER)
+    assert pal is not None and pal.ready and bench.gone == [(PEER, Loss.SILENT)]
+    assert bench.peers.pair_of(THEM) == 0
+    bench.peers.introduce(msgspec.structs.replace(bench.introduction, pair=4), bench.now_s)
+    bench.run()
+    pal = bench.peers.find(PEER)
+    assert pal is not None and pal.ready and bench.peers.pair_of(THEM) == 4
+
+
+@pytest.mark.parametrize("near", [False, True])
+def test_a_new_data_plane_fences_all_but_processes_of_this_host(bench: Bench, near: bool) -> None:
+    """CMA and CUDA IPC need no connection: such a peer must end, or answer."""
+    bench.unfenced(own_process() if near else None)
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.told()
+    bench.peers.dismiss(THEM, dead=False)
+    bench.now_s += 601
+    assert bench.peers.overdue(bench.now_s) == ([] if near else [PEER])
+    bench.peers.replaced(b"new")
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.SILENT if near else Loss.FENCED)]
+    assert bench.engine.socket.poll(2000)
+    assert [letter.message for letter in bench.engine.receive()] == [wire.Replaced(Rank(0), b"new")]

@@ -68,7 +68,11 @@ class FramedTransport(Transport, InitiatorOwner, TargetOwner):
     """
 
     capabilities: ClassVar[Capabilities] = Capabilities(
-        kinds=frozenset({MemoryKind.DRAM}), one_sided=False, target_checks_bounds=True, cross_process=True
+        kinds=frozenset({MemoryKind.DRAM}),
+        one_sided=False,
+        target_checks_bounds=True,
+        cross_process=True,
+        loss_is_fence=True,
     )
 
     def __init__(self, name: str) -> None:
@@ -156,10 +160,6 @@ class FramedTransport(Transport, InitiatorOwner, TargetOwner):
             raise ConnectError(f"{peer} is this transport itself")
         if peer in self._peers:
             raise StateError(f"already connected to {peer}")
-        if peer in self._lost_names:
-            raise ConnectError(
-                f"{peer} is dead: {self._lost_names[peer]}", hint="a process that starts again needs a new name"
-            )
         try:
             location = msgspec.msgpack.decode(card.data, type=Location)
         except (msgspec.MsgspecError, ValueError) as error:
@@ -167,6 +167,8 @@ class FramedTransport(Transport, InitiatorOwner, TargetOwner):
         if len(location.token) != TOKEN_BYTES:
             raise ConnectError(f"the export of {peer} has a token of {len(location.token)} bytes")
         channel = self._dial(location)
+        # The caller takes it back. Channels that it opened before the loss have been refused since.
+        self._lost_names.pop(peer, None)
         initiator = Initiator(channel, self, self._memory, us=self.name, peer=peer, token=location.token)
         self._peers[peer] = _Peer(initiator, RegionMap(card.regions))
         self._attached(initiator)

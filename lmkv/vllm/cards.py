@@ -1,0 +1,32 @@
+"""What a worker says of itself to peers."""
+
+from __future__ import annotations
+
+import msgspec
+
+from lmkv import wire
+from lmkv.config import ConnectorSettings
+from lmkv.ids import Rank
+from lmkv.process import own_process
+
+from . import memory
+from .checking import checksums_for, demanded_ppm
+
+
+def worker_card(
+    found: memory.KvMemory, settings: ConnectorSettings, rank: Rank, address: str, export: bytes
+) -> wire.WorkerCard:
+    """The card of this process's rank: its memory, which checksums it demands and can compute, and who it is."""
+    card = found.card(rank, address, settings.transport.split(":")[0], export)
+    checksums = checksums_for(found)
+    return msgspec.structs.replace(
+        card,
+        checked_ppm=demanded_ppm(settings, found, checksums),
+        checksum=checksums.name if checksums is not None else "",
+        process=own_process(),
+    )
+
+
+def times(settings: ConnectorSettings) -> wire.Times:
+    """What peers compare with their own."""
+    return wire.Times(settings.beat_s, settings.lease_s, settings.hold_s, settings.deadline_s)

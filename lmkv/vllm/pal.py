@@ -1,0 +1,68 @@
+"""What a worker knows of its peers: engines, their ranks, and how one can be lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from lmkv import wire
+from lmkv.transfer.events import Peer
+from lmkv.transport import PeerId
+
+from .meeting import Meeting
+
+DRAIN_S = 0.25
+REMOTE_DRAIN_S = 150.0
+"""From the proof that a process has ended until nothing of it can land: on this host its sockets' bytes have been read
+by then; on another its kernel may send on what was queued (Linux gives up orphaned sockets after about 100 s)."""
+
+
+class Loss(Enum):
+    """How a peer is lost; lmkv.vllm.peers says what proves which."""
+
+    SILENT = auto()
+    FENCED = auto()
+    DEAD = auto()
+
+
+@dataclass(slots=True)
+class Engine:
+    """An engine that we were introduced to, and how our rank deals with it."""
+
+    card: wire.EngineCard
+    meeting: Meeting
+    address: str
+    """Of our own engine, which wants to hear how it goes."""
+    introduced_s: float
+    pair: int = 0
+    """Its number of the pair: grants with another one are void."""
+
+
+@dataclass(slots=True)
+class Pal:
+    """One of its ranks that we are connected to."""
+
+    engine: Engine
+    worker: wire.WorkerCard
+    peer: Peer
+    transport_id: PeerId
+    heard_s: float
+    ready: bool = False
+    beat_s: float = 0.0
+    echo_s: float = 0.0
+    echo_heard_s: float = 0.0
+    clock_offset_s: float = 0.0
+    round_trip_s: float = float("inf")
+    suspected: bool = False
+    probe_s: float = 0.0
+    parted_s: float = 0.0
+    looked_s: float = 0.0
+    claimed: bool = False
+    """The control plane says that its process has ended."""
+    ended_s: float = 0.0
+    """When its process was proven to have ended, and how long to wait from then on."""
+    drain_s: float = DRAIN_S
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine.card.name!r} rank {self.peer.rank}"
