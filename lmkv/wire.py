@@ -58,6 +58,9 @@ class WorkerCard(_Message, frozen=True):
     slots: int = 0
     slot_bytes: int = 0
     """Landing mode: slot i is `slot_bytes` at `slots_address + i * slot_bytes`, of the same memory kind."""
+    scratch_kind: str = "DRAM"
+    """Memory kind of the scratch: that of the KV cache, so that warming opens what writes of KV will use."""
+    scratch_device: int = 0
 
 
 class EngineCard(_Message, frozen=True):

@@ -101,7 +101,7 @@ class WorkerSide:
         self._sizes = found.map().layer_block_bytes()
         if found.kind is MemoryKind.VRAM:
             self._check_times()
-            self._fence = _record_cuda_event
+            self._fence = found.device.fence
         host, _ = split_address(self._settings.listen)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
         transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
@@ -271,10 +271,3 @@ class WorkerSide:
         if not (news.reports or news.ledgers or news.loads or news.counted):
             return None
         return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted)
-
-
-def _record_cuda_event() -> Fence:
-    event = torch.cuda.Event()
-    event.record()
-    fence: Fence = event
-    return fence

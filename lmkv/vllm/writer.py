@@ -88,7 +88,7 @@ class WorkerLoop:
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
-        self._peers = Peers(transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone)
+        self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox)
         self._thread = threading.Thread(target=self._run, name=f"lmkv-writer-{rank}", daemon=True)
@@ -141,6 +141,7 @@ class WorkerLoop:
 
     def _run(self) -> None:
         try:
+            self._memory.device.enter_thread()
             for region in self._memory.regions:
                 self._transport.register(region)
             if self._pool is not None:

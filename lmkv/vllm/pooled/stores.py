@@ -214,7 +214,11 @@ class Stores:
         slots = self._staging.take(len(batch), for_store=True)
         batch = batch[: len(slots)]
         share = self._shares.groups[job.group]
-        sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
+        try:
+            sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
+        except LmkvError:
+            self._staging.give_back(slots)
+            raise
         rows = [(slot.offset + share.offset_bytes, size) for _, slot in batch]
         try:
             op = job.access.write(self._staging.extents(slots, size), rows)
