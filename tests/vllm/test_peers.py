@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 import pytest
 import zmq
@@ -14,7 +15,17 @@ from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Incarnation, Rank
 from lmkv.transfer.events import Peer
-from lmkv.transport import Completion, Extents, PeerLost, Region, Transport, open_transport
+from lmkv.transport import (
+    Completion,
+    Extents,
+    MemoryKind,
+    OpId,
+    PeerId,
+    PeerLost,
+    Region,
+    Transport,
+    open_transport,
+)
 from lmkv.vllm.peers import DEPARTED_PROBE_S, Peers
 
 THEM = Incarnation("them")
@@ -112,6 +123,34 @@ def test_introduced_warmed_and_beating(bench: Bench) -> None:
     assert bench.peers.peer_of(bench.theirs.transport.name) == PEER
     bench.peers.introduce(bench.introduction, bench.now_s)
     assert bench.told() == [""]
+
+
+def test_a_peer_is_warmed_and_probed_in_its_kind_of_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write of a kind between two ranks is what costs: with DRAM alone the first KV in VRAM would pay it."""
+    engine = bench.introduction.card
+    worker = msgspec.structs.replace(engine.workers[0], scratch_kind="VRAM", scratch_device=3)
+    card = msgspec.structs.replace(engine, workers=(worker,))
+    targets: list[Extents] = []
+    write = bench.ours.transport.write
+
+    def seen(peer: PeerId, local: Extents, remote: Extents, note: bytes = b"") -> OpId:
+        targets.append(remote)
+        return write(peer, local, Extents.of((worker.scratch_address, 64)), note)
+
+    monkeypatch.setattr(bench.ours.transport, "write", seen)
+    bench.peers.introduce(wire.Introduce(card, bench.own), bench.now_s)
+    bench.run()
+    assert bench.told() == [""]
+    (target,) = targets
+    assert target.kind is MemoryKind.VRAM and target.table.tolist() == [[worker.scratch_address, 64, 3]]
+
+
+def test_a_peer_with_an_unknown_kind_of_memory_is_refused(bench: Bench) -> None:
+    engine = bench.introduction.card
+    card = msgspec.structs.replace(engine, workers=(msgspec.structs.replace(engine.workers[0], scratch_kind="TAPE"),))
+    bench.peers.introduce(wire.Introduce(card, bench.own), bench.now_s)
+    (error,) = bench.told()
+    assert "cannot connect to 'e'" in error and "scratch lies in 'TAPE'" in error
 
 
 def test_silence_ends_a_pair_and_beats_keep_it(bench: Bench) -> None:
