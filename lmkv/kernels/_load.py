@@ -28,7 +28,7 @@ SCHEMAS = {
     ),
     "checksum_runs": "(Tensor data, Tensor runs, int first, Tensor(a!) sum) -> ()",
 }
-"""By op. docs: csrc/ops/arguments.h says what the lists of numbers are."""
+"""By op. csrc/ops/*arguments.h say what the lists of numbers are."""
 
 
 def declare() -> None:
