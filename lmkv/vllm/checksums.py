@@ -29,9 +29,9 @@ _MASK = (1 << 64) - 1
 
 
 class Algorithm(StrEnum):
-    XXH3 = "xxh3"
-    """xxh3-64; host memory only."""
-    WORDS = "words"
+    XXH3 = "xxh3-64"
+    """Of host memory only."""
+    WORDS = "words-64"
     """The sum of mixed words that pages have too (docs/page-format.md)."""
 
 
@@ -65,6 +65,8 @@ class Checksums:
     def __init__(self, found: memory.KvMemory) -> None:
         self._device = found.device
         self._own = algorithm_for(found.kind, found.kind)
+        self.name = self._own.value
+        """Which function `of` computes, for cards: two engines have to use the same."""
         regions = sorted((r for r in found.regions if r.kind is found.kind), key=lambda region: region.address)
         self._bytes = [_bytes_of(region.owner)[: region.bytes] for region in regions]
         self._first = np.array([region.address for region in regions], dtype=np.uint64)

@@ -48,8 +48,6 @@ class Pal:
     worker: wire.WorkerCard
     peer: Peer
     transport_id: PeerId
-    scratch: Extents
-    """Its throw-away bytes, which we warm and probe it with."""
     heard_s: float
     ready: bool = False
     beat_s: float = 0.0
@@ -146,7 +144,7 @@ class Peers:
     def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
-        scratch = self._scratch_of(worker)
+        self._scratch_of(worker)  # what cannot be warmed is refused before it is connected
         departed = self._departed.pop(peer, None)
         self._let_go()
         known = next((t for t, p in self._by_transport.items() if p == peer), None)
@@ -156,10 +154,10 @@ class Peers:
         self._addresses[peer] = worker.address
         while len(self._addresses) > 1024:
             self._addresses.pop(next(iter(self._addresses)))
-        return Pal(engine, worker, peer, transport_id, scratch, now_s)
+        return Pal(engine, worker, peer, transport_id, now_s)
 
     def _scratch_of(self, worker: wire.WorkerCard) -> Extents:
-        """As many bytes as our own scratch has. Raises ConnectError."""
+        """Where it is warmed and probed: as many bytes as our own scratch has. Raises ConnectError."""
         if worker.scratch_kind not in list(MemoryKind):
             raise ConnectError(f"its scratch lies in {worker.scratch_kind!r}", hint=f"known: {', '.join(MemoryKind)}")
         row = (worker.scratch_address, self._scratch.total_bytes)
@@ -172,9 +170,10 @@ class Peers:
 
     def _warm(self, pal: Pal) -> None:
         """A write that nobody reads. The first of a pair wires it up: hundreds of ms that no request should pay."""
+        remote = self._scratch_of(pal.worker)
         note = wire.encode(wire.WarmNote(self._own))
         try:
-            op = self._transport.write(pal.transport_id, self._scratch, pal.scratch, note)
+            op = self._transport.write(pal.transport_id, self._scratch, remote, note)
         except TransportError as error:
             # A death is told by PeerLost with the next poll, anything else ends as silence.
             logger.debug("peer %s cannot be reached: %s", pal.name, error)
