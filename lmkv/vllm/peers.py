@@ -160,6 +160,8 @@ class Peers:
         """Where it is warmed and probed: as many bytes as our own scratch has. Raises ConnectError."""
         if worker.scratch_kind not in list(MemoryKind):
             raise ConnectError(f"its scratch lies in {worker.scratch_kind!r}", hint=f"known: {', '.join(MemoryKind)}")
+        if not (0 <= worker.scratch_address < 1 << 63 and 0 <= worker.scratch_device < 1 << 31):
+            raise ConnectError(f"its scratch is at {worker.scratch_address} on device {worker.scratch_device}")
         row = (worker.scratch_address, self._scratch.total_bytes)
         return Extents.of(row, device=worker.scratch_device, kind=MemoryKind(worker.scratch_kind))
 

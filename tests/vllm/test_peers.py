@@ -145,12 +145,23 @@ def test_a_peer_is_warmed_and_probed_in_its_kind_of_memory(bench: Bench, monkeyp
     assert target.kind is MemoryKind.VRAM and target.table.tolist() == [[worker.scratch_address, 64, 3]]
 
 
-def test_a_peer_with_an_unknown_kind_of_memory_is_refused(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    ("scratch", "said"),
+    [
+        ({"scratch_kind": "TAPE"}, "scratch lies in 'TAPE'"),
+        ({"scratch_address": -1}, "scratch is at -1 on device 0"),
+        ({"scratch_address": 1 << 70}, "scratch is at 1180591620717411303424"),
+        ({"scratch_device": -2}, "on device -2"),
+    ],
+)
+def test_a_peer_with_scratch_memory_that_cannot_be_is_refused(
+    bench: Bench, scratch: dict[str, object], said: str
+) -> None:
     engine = bench.introduction.card
-    card = msgspec.structs.replace(engine, workers=(msgspec.structs.replace(engine.workers[0], scratch_kind="TAPE"),))
+    card = msgspec.structs.replace(engine, workers=(msgspec.structs.replace(engine.workers[0], **scratch),))
     bench.peers.introduce(wire.Introduce(card, bench.own), bench.now_s)
     (error,) = bench.told()
-    assert "cannot connect to 'e'" in error and "scratch lies in 'TAPE'" in error
+    assert "cannot connect to 'e'" in error and said in error
 
 
 def test_silence_ends_a_pair_and_beats_keep_it(bench: Bench) -> None:
