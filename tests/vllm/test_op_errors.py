@@ -15,7 +15,7 @@ import zmq
 from lmkv.config import ConnectorSettings
 from lmkv.ids import Rank
 from lmkv.pool.access import Reach
-from lmkv.transport import Capabilities, MemoryKind
+from lmkv.transport import MemoryKind
 from lmkv.vllm import memory
 from lmkv.vllm.device import standing_in
 from lmkv.vllm.geometry import Shard
@@ -150,16 +150,15 @@ def test_an_engine_on_a_device_maps_no_arena(tmp_path: Path, monkeypatch: pytest
 def test_hooks_of_an_engine_on_a_device_fence(fake: FakeModule, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmkv.vllm import worker
 
-    transport = mock.Mock(capabilities=Capabilities(frozenset(MemoryKind), True, False, True), in_flight=0)
-    transport.fds.return_value, transport.poll.return_value, transport.export.return_value = [], [], b"x"
-    monkeypatch.setattr(worker, "open_transport", lambda *_: transport)
+    loop = mock.Mock()
+    monkeypatch.setattr(worker, "WorkerLoop", loop)
     tensors, config = caches("cpu")
     role = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_role="kv_producer"))
-    side = worker.WorkerSide(role, config, ConnectorSettings(), Rank(0))
+    side = worker.WorkerSide(role, config, ConnectorSettings(transport="inproc://"), Rank(0))
     assert side._fence() is None, "nothing is known of the caches yet"
     side.register(tensors, "FLASH_ATTN", Shard(0, 1, 2))
     fence = side._fence()
     assert fence is not None and not fence.query()
     fake.pass_events()
     assert fence.query()
-    side.close()
+    assert loop.call_args.args[3].device.kind is MemoryKind.VRAM, "the loop is told of the device"
