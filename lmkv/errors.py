@@ -12,6 +12,7 @@
     │   ├── PeerLostError            T405  the peer died; nothing more of this operation will land
     │   └── StateError               T406  the call does not fit the object's state (double release, closed, …)
     ├── LayoutError              LMKV-L7xx  a KV layout cannot exist, or cannot be converted
+    ├── KernelError              LMKV-K9xx  an op on caches failed in torch or on its device; one transfer or page ends
     ├── TransferError            LMKV-X5xx  one transfer went wrong; the request is computed instead
     ├── PoolError                LMKV-P8xx  the shared cache pool; a miss, or a question that was not answered
     └── RouterError              LMKV-R6xx  no engine could serve a request
@@ -61,6 +62,10 @@ class CompatError(LmkvError):
 
 class LayoutError(LmkvError):
     code = "LMKV-L700"
+
+
+class KernelError(LmkvError):
+    code = "LMKV-K900"
 
 
 class TransportError(LmkvError):

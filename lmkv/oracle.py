@@ -86,6 +86,15 @@ def page_sums(page: Place, segments: Segments, *, pages_are_source: bool = False
     return sums
 
 
+def runs_sum(data: Bytes, runs: NDArray[np.int64], first: int = 0) -> int:
+    """The checksum of the runs (offset, bytes) of `data`, one after the other, filled up with zeros to words. Word i
+    has the index first + i. See csrc/include/lmkv/runs.h."""
+    stream = np.concatenate([np.zeros(0, dtype=np.uint8), *(data[at : at + size] for at, size in runs.tolist())])
+    words = np.pad(stream, (0, -len(stream) % 8)).view("<u8")
+    index = np.arange(len(words), dtype=np.uint64) + np.uint64(first)
+    return int(mix(words, index).sum(dtype=np.uint64))
+
+
 def row_words(g: Geometry) -> int:
     """8-byte words of the longest part's row."""
     return -(-max(g.parts) * g.width // 8)

@@ -82,6 +82,9 @@ class WorkerCard(_Message, frozen=True):
     """The function that this rank can compute over its caches; "": none."""
     process: ProcessCard = ProcessCard()
     """The default names none: its end cannot be proved."""
+    scratch_kind: str = "DRAM"
+    """Memory kind of the scratch: that of the KV cache, so that warming opens what writes of KV will use."""
+    scratch_device: int = 0
 
 
 class EngineCard(_Message, frozen=True):

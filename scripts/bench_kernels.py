@@ -4,7 +4,8 @@
 Every cell works through 256 MiB and more, block by block in random order, so that caches are cold. Each round measures
 the plain copy, the op, and where it sums, the same conversion without checksum; ratios are taken within a round. On the
 CPU the copy is memcpy and everything runs in one thread (--threads); on CUDA it is a copy on the device. The reference
-in torch gets a smaller share of the same work, and speeds are compared.
+in torch gets a smaller share of the same work, and speeds are compared. The checksum of runs (of the blocks of a cache,
+layer by layer) reads as many bytes as the copy and writes none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bench import stats
 from bench.errors import BenchError, progress
 
 from lmkv import kernels, layout
-from lmkv.kernels import Cache, reference
+from lmkv.kernels import Cache, checksum, reference
 from lmkv.layout import Geometry, Segments, canonical_pages, vllm_cache
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,7 @@ GOALS = {
     "unpack_vs_memcpy": (">=", 0.8),
     "transpose_vs_memcpy": (">=", 0.5),
     "interior_vs_memcpy": (">=", 0.4),
+    "checksum_vs_memcpy": (">=", 0.8),
     "checksum_cost": ("<=", 0.15),
     "vs_torch": (">=", 5.0),
 }
@@ -81,6 +83,8 @@ class Cell:
 
     @property
     def op(self) -> str:
+        if self.group == "checksum":
+            return "checksum"
         return "pack" if self.target.pages else "unpack" if self.source.pages else "convert"
 
     def geometry(self, side: Side, tokens: int) -> Geometry:
@@ -110,6 +114,8 @@ def cells() -> list[Cell]:
     found = [
         Cell("pack", Side("LBHNC", 64), pages, **mla),
         Cell("unpack", pages, Side("LBHNC", 64), **mla),
+        Cell("checksum", hnd, hnd),
+        Cell("checksum", Side("LBHNC", 64), Side("LBHNC", 64), **mla),
         Cell("pack", hnd, hnd),
         Cell("pack", hnd, hnd64),
         Cell("unpack", hnd64, hnd),
@@ -145,6 +151,10 @@ class Bench:
             _order(rng, self.target.geometry.blocks, cell.target.pages),
             (0, tokens),
         )
+        g = self.source.geometry
+        block_bytes, order = g.strides[1] * g.width, rng.permutation(g.blocks)
+        starts = (self.source.layers.numpy()[:, None] + order[None, :] * block_bytes).reshape(-1)
+        self.runs = np.stack([starts, np.full(len(starts), block_bytes)], axis=1)
 
     def convert(self) -> None:
         kernels.convert_blocks(self.source, self.target, self.segments)
@@ -154,6 +164,8 @@ class Bench:
             kernels.pack_pages(self.source, self.target, self.segments)
         elif self.cell.op == "unpack":
             kernels.unpack_pages(self.source, self.target, self.segments)
+        elif self.cell.op == "checksum":
+            kernels.checksum_runs(self.source.data, self.runs)
         else:
             self.convert()
 
@@ -193,6 +205,7 @@ def torch_reference() -> Iterator[None]:
         convert_blocks=reference.convert_blocks,
         pack_pages=reference.pack_pages,
         unpack_pages=reference.unpack_pages,
+        checksum_runs=checksum.reference,
     ):
         yield
 
@@ -200,7 +213,7 @@ def torch_reference() -> Iterator[None]:
 def measure(cell: Cell, device: str, rounds: int) -> dict[str, Any]:
     bench = Bench(cell, device, WORK_BYTES)
     works = {"plain": bench.plain, "op": bench.op}
-    if cell.op != "convert":
+    if cell.op in ("pack", "unpack"):
         works["no_sum"] = bench.convert
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(rounds + 1):
@@ -232,7 +245,7 @@ def summary(results: list[dict[str, Any]]) -> dict[str, float]:
     """The worst of all cells, by key."""
     out = {
         f"{group}_vs_memcpy": min(cell["vs_memcpy"] for cell in results if cell["group"] == group)
-        for group in ("pack", "unpack", "transpose", "interior")
+        for group in ("pack", "unpack", "transpose", "interior", "checksum")
         if any(cell["group"] == group for cell in results)
     }
     if costs := [cell["checksum_cost"] for cell in results if "checksum_cost" in cell]:

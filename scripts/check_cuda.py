@@ -3,8 +3,8 @@
 
 From `ptxas -v`: no spills, no stack, not more registers than the launches count on. From the machine code (cuobjdump,
 nvdisasm): kernels of 16-byte packets have 128-bit loads and stores, and all the loads that they keep in flight come
-before the first store. Without nvcc it says so and succeeds. Exit status 1: something is wrong; 2: cuobjdump or
-nvdisasm is missing.
+before the first store; those that only read have the loads. Without nvcc it says so and succeeds. Exit status 1:
+something is wrong; 2: cuobjdump or nvdisasm is missing.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ MOST_REGISTERS = 64
 WIDE = re.compile(r"Packets<16,")
 WIDE_ACCESSES = 4
 """128-bit loads, and stores, that such a kernel has at least: Packets::kInFlight (lmkv/convert_body.h)."""
+READS_WIDE = re.compile(r"SumWords<16>")
+"""Kernels that only read, as many at once: SumWords::kInFlight (lmkv/runs_body.h)."""
 
 
 class CheckError(Exception):
@@ -100,15 +102,18 @@ def findings(
             wrong.append(f"{name} for {arch}: {used.registers} registers, more than {MOST_REGISTERS}")
         if WIDE.search(name):
             wrong += [f"{name} for {arch}: {line}" for line in narrow(instructions)]
+        if READS_WIDE.search(name):
+            wrong += [f"{name} for {arch}: {line}" for line in narrow(instructions, writes=False)]
     return wrong
 
 
-def narrow(instructions: list[str]) -> list[str]:
-    """What a kernel of 16-byte packets lacks: loads under way before it stores anything, and as many stores."""
+def narrow(instructions: list[str], writes: bool = True) -> list[str]:
+    """What a kernel of 16-byte packets lacks: loads under way before it stores anything, and as many stores if it
+    `writes`."""
     wide = [op for op in instructions if re.match(r"(LDG|STG)\.E\b.*\.128", op)]
     stores = [i for i, op in enumerate(wide) if op.startswith("STG")]
     loads = stores[0] if stores else len(wide)
-    found = ((loads, "loads before the first store"), (len(stores), "stores"))
+    found = ((loads, "loads before the first store"), (len(stores) if writes else WIDE_ACCESSES, "stores"))
     return [f"{n} 128-bit {what}, fewer than {WIDE_ACCESSES}" for n, what in found if n < WIDE_ACCESSES]
 
 

@@ -13,17 +13,6 @@ constexpr int64_t kGrainBytes = 256 << 10;
 constexpr int64_t kStreamBytes = 4 << 20;
 constexpr std::align_val_t kLine{64};
 
-UnitFn* best_unit() {
-#if LMKV_MULTIVERSION
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-        return v4::convert_unit;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("fma"))
-        return v3::convert_unit;
-#endif
-    return baseline::convert_unit;
-}
-
 int64_t widest_row_bytes(const Convert& c) {
     const int64_t dims = c.parts == 2 && c.dims[1] > c.dims[0] ? c.dims[1] : c.dims[0];
     const int from = width_of(c.source_type), to = width_of(c.target_type);
@@ -43,7 +32,7 @@ Work plan(const Convert& c, const ConvertData& d) {
 }
 
 void convert(const Convert& c, const ConvertData& d, const Work& work, int64_t lo, int64_t hi) {
-    static UnitFn* const unit = best_unit();
+    static UnitFn* const unit = best_isa().convert_unit;
     const auto free = [](uint8_t* p) { ::operator delete[](p, kLine); };
     const int64_t buffer_bytes = tile_tokens(widest_row_bytes(c)) * widest_row_bytes(c);
     const std::unique_ptr<uint8_t[], decltype(free)> scratch(

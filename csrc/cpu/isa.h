@@ -1,5 +1,5 @@
 // The levels of instruction set that the kernels are compiled for. Each isa_*.cpp names its level (LMKV_ISA), the bytes
-// of its vectors (LMKV_VECTOR_BYTES), and includes unit.h under it.
+// of its vectors (LMKV_VECTOR_BYTES), and includes sums.h and unit.h under it.
 #pragma once
 
 #include "lmkv/convert.h"
@@ -20,17 +20,31 @@ namespace lmkv::cpu {
 // Unit `unit` of the call. `scratch` has room for scratch_bytes(c) bytes, aligned to 64.
 using UnitFn = void(const Convert& c, const ConvertData& d, int64_t unit, bool stream, uint8_t* scratch);
 
+// The checksum of `words` words from `p` on, the first of which has this index.
+using SumFn = uint64_t(const uint8_t* p, int64_t words, uint64_t index);
+
 namespace baseline {
 UnitFn convert_unit;
-}
+SumFn sum_words;
+} // namespace baseline
 #if LMKV_MULTIVERSION
 namespace v3 {
 UnitFn convert_unit;
-}
+SumFn sum_words;
+} // namespace v3
 namespace v4 {
 UnitFn convert_unit;
-}
+SumFn sum_words;
+} // namespace v4
 #endif
+
+struct Isa {
+    UnitFn* convert_unit;
+    SumFn* sum_words;
+};
+
+// The best that this machine has.
+const Isa& best_isa();
 
 // Rows that do not fit from place to place directly go through two buffers of a tile of tokens each, in cache.
 constexpr int64_t kTileBytes = 64 << 10;

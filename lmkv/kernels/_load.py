@@ -26,8 +26,9 @@ SCHEMAS = {
     "rotate_keys": (
         "(Tensor(a!) keys, Tensor layers, int[] map, Tensor runs, Tensor turns, int[] shape, int dtype) -> ()"
     ),
+    "checksum_runs": "(Tensor data, Tensor runs, int first, Tensor(a!) sum) -> ()",
 }
-"""By op. docs: csrc/ops/arguments.h says what the lists of numbers are."""
+"""By op. csrc/ops/*arguments.h say what the lists of numbers are."""
 
 
 def declare() -> None:

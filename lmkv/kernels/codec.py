@@ -13,11 +13,13 @@ from lmkv.codec import CODECS, GROUP_TOKENS, LARGEST, NAN, SMALLEST_SCALE, coded
 from lmkv.errors import LayoutError
 from lmkv.layout import window
 
+from ._guard import kernel_errors, same_device
 from .cache import TYPES, Cache, map_fields
 from .ops import loaded
 from .reference import DTYPES, elements, elements_of, part_map, rounded
 
 
+@kernel_errors("encode_pages")
 def encode_pages(pages: Cache, coded: Cache, codec: str, moves: ArrayLike | None = None) -> None:
     """Code canonical pages: the heads and layers that both caches have.
 
@@ -29,6 +31,7 @@ def encode_pages(pages: Cache, coded: Cache, codec: str, moves: ArrayLike | None
     torch.ops.lmkv.encode_pages(*page_side, *coded_side, *rest)
 
 
+@kernel_errors("decode_pages")
 def decode_pages(coded: Cache, pages: Cache, codec: str, moves: ArrayLike | None = None) -> None:
     """The reverse; `moves` has the page first here too. The pages may be of another float type than those coded."""
     page_side, coded_side, rest = _arguments(pages, coded, codec, moves)
@@ -39,6 +42,7 @@ def _arguments(
     pages: Cache, coded: Cache, codec: str, moves: ArrayLike | None
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Of the ops: those of the pages, those of the coded pages, and the rest."""
+    same_device("coding", pages=pages.data, coded=coded.data)
     g, h = pages.geometry, coded.geometry
     if codec not in CODECS:
         raise LayoutError(f"codec {codec!r} is unknown", hint=f"known: {', '.join(CODECS)}")

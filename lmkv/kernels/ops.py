@@ -1,12 +1,12 @@
 """The ops on caches. Each takes whole tables of segments (lmkv.layout.segments) and touches nothing else.
 
 They run on the current stream of the target's device; on the CPU they return when done. All raise LayoutError for
-geometries that do not fit together, before anything is written.
+geometries that do not fit together and for caches on two devices, before anything is written, and KernelError for what
+fails in torch or on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,7 @@ from lmkv.errors import LayoutError
 from lmkv.layout import Geometry, Segments, Window
 
 from . import _load, reference
+from ._guard import kernel_errors, same_device
 from .cache import TYPES, Cache, map_fields
 
 _load.declare()
@@ -25,9 +26,10 @@ loaded: dict[str, Path] = _load.load()
 reference.register([device.upper() for device in ("cpu", "cuda") if device not in loaded])
 
 
+@kernel_errors("convert_blocks")
 def convert_blocks(source: Cache, target: Cache, segments: Segments, *, convert_dtype: bool = False) -> None:
     """Copy the heads and layers that both have from `source` to `target`, in one pass."""
-    whole = _Call(source, target, segments, convert_dtype)
+    whole = _Call("convert_blocks", source, target, segments, convert_dtype)
     parts, source_maps, target_maps = _widest(source.geometry, target.geometry, segments)
     torch.ops.lmkv.convert_blocks(
         source.data,
@@ -42,21 +44,24 @@ def convert_blocks(source: Cache, target: Cache, segments: Segments, *, convert_
     )
 
 
+@kernel_errors("pack_pages")
 def pack_pages(source: Cache, pages: Cache, segments: Segments, *, convert_dtype: bool = False) -> torch.Tensor:
     """Blocks into canonical pages. Returns the checksums (pages,) of the rows written, as int64 bit patterns."""
-    return _with_sums(torch.ops.lmkv.pack_pages, source, pages, segments, pages, convert_dtype)
+    return _with_sums("pack_pages", source, pages, segments, pages, convert_dtype)
 
 
+@kernel_errors("unpack_pages")
 def unpack_pages(pages: Cache, target: Cache, segments: Segments, *, convert_dtype: bool = False) -> torch.Tensor:
     """Canonical pages into blocks. Returns the checksums (pages,) of the rows read, as int64 bit patterns: who knows
     what they should be compares, and gives the blocks up where they differ."""
-    return _with_sums(torch.ops.lmkv.unpack_pages, pages, target, segments, pages, convert_dtype)
+    return _with_sums("unpack_pages", pages, target, segments, pages, convert_dtype)
 
 
 class _Call:
     """What every op needs of a pair of caches."""
 
-    def __init__(self, source: Cache, target: Cache, segments: Segments, convert_dtype: bool) -> None:
+    def __init__(self, op: str, source: Cache, target: Cache, segments: Segments, convert_dtype: bool) -> None:
+        same_device(op, source=source.data, target=target.data)
         if why := layout.refusal(source.geometry, target.geometry, convert_dtype=convert_dtype):
             raise LayoutError(why)
         self.window: Window = layout.window(source.geometry, target.geometry)
@@ -72,9 +77,9 @@ class _Call:
 
 
 def _with_sums(
-    op: Callable[..., None], source: Cache, target: Cache, segments: Segments, pages: Cache, convert_dtype: bool
+    op: str, source: Cache, target: Cache, segments: Segments, pages: Cache, convert_dtype: bool
 ) -> torch.Tensor:
-    call, g = _Call(source, target, segments, convert_dtype), pages.geometry
+    call, g = _Call(op, source, target, segments, convert_dtype), pages.geometry
     if g.interior != "split":
         raise LayoutError(f"pages have the interior 'split', not {g.interior!r}; see lmkv.layout.canonical_pages")
     w = call.window
@@ -82,7 +87,7 @@ def _with_sums(
     layer = w.target_layer if target is pages else w.source_layer
     page = [g.first_head + head, g.first_layer + layer, g.model_layers, g.block_tokens]
     sums = torch.zeros(g.blocks, dtype=torch.int64, device=pages.data.device)
-    op(
+    getattr(torch.ops.lmkv, op)(
         source.data,
         call.source_layers,
         map_fields(source.geometry),

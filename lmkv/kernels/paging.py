@@ -17,6 +17,7 @@ import torch
 from lmkv.errors import LayoutError
 from lmkv.layout import Array, Geometry, canonical_pages, page_bytes, segments
 
+from ._guard import kernel_errors
 from .cache import Cache
 from .ops import convert_blocks, pack_pages, unpack_pages
 
@@ -75,6 +76,7 @@ class PageShare:
         """Those of our heads among a page's."""
         return sums[self.caches.first_head : self.caches.first_head + self.caches.heads]
 
+    @kernel_errors("packing pages")
     def pack(
         self,
         source: Cache,
@@ -102,6 +104,7 @@ class PageShare:
                     found[run.index + i].append(value)
         return [tuple(sums) for sums in found]
 
+    @kernel_errors("unpacking pages")
     def unpack(
         self,
         data: torch.Tensor,

@@ -151,11 +151,11 @@ def _add_sums(
             padded = torch.nn.functional.pad(rows, (0, used * 8 - rows.shape[-1])).view(torch.int64)
             row = ((page_head + heads) * model_layers + page_layer + i) * parts + part
             index = (row[None, :] * page_tokens + tokens[:, None]) * words
-            mixed = _mix(padded, index[:, :, None] + word[:used])
+            mixed = mix(padded, index[:, :, None] + word[:used])
             sums.index_add_(0, blocks, mixed.sum(dim=(1, 2)))
 
 
-def _mix(word: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def mix(word: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """int64 arithmetic wraps around as uint64's does; only the shift has to be made a logical one."""
     x = word ^ ((index + 1) * (WORD_KEY - (1 << 64)))
     x = x ^ ((x >> 32) & 0xFFFFFFFF)

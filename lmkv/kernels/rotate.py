@@ -12,6 +12,7 @@ from lmkv.errors import LayoutError
 from lmkv.layout import FLOATS, Array, Geometry, part_maps
 from lmkv.rope import Rope
 
+from ._guard import kernel_errors
 from .cache import TYPES, Cache
 from .ops import loaded
 from .reference import DTYPES, elements, elements_of, part_map, rounded
@@ -20,6 +21,7 @@ Runs = NDArray[np.int32]
 """(R, 3): block, first token in it, number of tokens. Columns 2 to 4 of lmkv.layout.Segments are runs of the target."""
 
 
+@kernel_errors("rotate_keys")
 def rotate_keys(cache: Cache, runs: Runs, offsets: int | ArrayLike, rope: Rope) -> None:
     """Move the keys of each run by its offset of tokens: what was computed at p is then as computed at p + offset.
 

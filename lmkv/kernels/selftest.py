@@ -14,13 +14,14 @@ from lmkv.layout import Geometry, canonical_pages, segments, vllm_cache
 from lmkv.rope import Rope
 
 from .cache import Cache
+from .checksum import checksum_runs
 from .codec import decode_pages, encode_pages
 from .ops import convert_blocks, loaded, pack_pages, unpack_pages
 from .rotate import rotate_keys
 
 logger = logging.getLogger(__name__)
 
-OPS = "convert_blocks, pack_pages, unpack_pages, rotate_keys, encode_pages, decode_pages"
+OPS = "convert_blocks, pack_pages, unpack_pages, rotate_keys, encode_pages, decode_pages, checksum_runs"
 
 
 def _cases() -> list[tuple[Geometry, Geometry]]:
@@ -58,6 +59,7 @@ def selftest() -> list[str]:
         _prove_rotation(device)
         for codec in CODECS:
             _prove_coding(codec, device)
+        _prove_checksum(device)
         how = f"compiled, {loaded[device]}" if device in loaded else "reference in torch (nothing compiled is loaded)"
         lines.append(f"{device}: {OPS} agree with the oracle · {how}")
     return lines
@@ -116,6 +118,15 @@ def _prove_coding(codec: str, device: str) -> None:
     codec_oracle.decode(oracle.Place.of(wanted, coded), oracle.Place.of(data, page), moves, codec)
     decode_pages(here, there, codec, moves)
     _same(f"decode_pages ({codec})", device, there.data, data, coded, page)
+
+
+def _prove_checksum(device: str) -> None:
+    data = np.random.default_rng(4).integers(0, 256, 100_000, dtype=np.uint8)
+    for runs in ([[64, 16 << 10], [0, 64], [32 << 10, 48 << 10]], [[3, 21], [90_000, 1], [1000, 9001]]):
+        table = np.array(runs, dtype=np.int64)
+        found = checksum_runs(torch.from_numpy(data).to(device), table)
+        if found.cpu().numpy().view(np.uint64)[0] != oracle.runs_sum(data, table):
+            raise LayoutError(f"checksum_runs on {device} is wrong for the runs {runs}")
 
 
 def _same(op: str, device: str, got: torch.Tensor, wanted: np.ndarray, source: Geometry, target: Geometry) -> None:

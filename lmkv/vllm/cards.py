@@ -10,7 +10,8 @@ from lmkv.ids import Rank
 from lmkv.process import own_process
 
 from . import memory
-from .checking import checksums_for, demanded_ppm
+from .checking import demanded_ppm
+from .checksums import Checksums
 
 
 def worker_card(
@@ -18,11 +19,10 @@ def worker_card(
 ) -> wire.WorkerCard:
     """The card of this process's rank: its memory, which checksums it demands and can compute, and who it is."""
     card = found.card(rank, address, settings.transport.split(":")[0], export)
-    checksums = checksums_for(found)
     return msgspec.structs.replace(
         card,
-        checked_ppm=demanded_ppm(settings, found, checksums),
-        checksum=checksums.name if checksums is not None else "",
+        checked_ppm=demanded_ppm(settings, found),
+        checksum=Checksums(found).name,
         process=own_process(),
     )
 

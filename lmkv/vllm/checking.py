@@ -10,7 +10,6 @@ A sample is chosen by a digest that both sides compute, so a sender cannot leave
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
@@ -18,40 +17,18 @@ from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transport import MemoryKind
 
 from . import memory
+from .checksums import Checksums
 
 ALL_PPM = 1_000_000
 """Every write carries a checksum; 0: none does."""
 
 
-class Checksums(Protocol):
-    """Checksums of memory of one kind. `name` says which function it is: both sides of a pair need the same."""
-
-    name: str
-
-    def of(self, runs: memory.Runs) -> int:
-        """64 bits over the bytes of the runs (rows of address and bytes), in order. Loop thread."""
-
-
-class HostChecksums:
-    """xxh3-64 of host memory."""
-
-    name = "xxh3-64"
-
-    def of(self, runs: memory.Runs) -> int:
-        return memory.checksum(runs)
-
-
-def checksums_for(found: memory.KvMemory) -> Checksums | None:
-    """The function for this rank's caches; None where there is none (device memory)."""
-    return HostChecksums() if found.kind is MemoryKind.DRAM else None
-
-
-def demanded_ppm(settings: ConnectorSettings, found: memory.KvMemory, checksums: Checksums | None) -> int:
+def demanded_ppm(settings: ConnectorSettings, found: memory.KvMemory) -> int:
     """How many writes of a million must carry a checksum when this rank receives."""
     policy = settings.kv_verify
     if policy == "auto":
         policy = "full" if found.kind is MemoryKind.DRAM else "sample"
-    if policy == "off" or checksums is None:
+    if policy == "off":
         return 0
     return ALL_PPM if policy == "full" else round(settings.kv_verify_share * ALL_PPM)
 
@@ -69,7 +46,7 @@ def is_checked(ppm: int, tid: TransferId, epoch: Epoch, rank: Rank, seq: int) ->
 class Verifier:
     """The receiver's half. `ppm` as its card says."""
 
-    def __init__(self, ppm: int, checksums: Checksums | None) -> None:
+    def __init__(self, ppm: int, checksums: Checksums) -> None:
         self._ppm = ppm
         self._checksums = checksums
 
@@ -80,6 +57,6 @@ class Verifier:
         """What is wrong with the bytes that landed in `runs`, or "". Only what is demanded is looked at."""
         if not self.demands(note):
             return ""
-        if note.checksum is None or self._checksums is None:
+        if note.checksum is None:
             return "carries no checksum, which this engine demands (kv_verify)"
         return "" if self._checksums.of(runs) == note.checksum else "is corrupt"

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
-import torch
 
 from lmkv import wire
 from lmkv.control.mailbox import Outbox
@@ -142,8 +141,7 @@ class LandingSlots:
             target_first=blocks.lo * ours,
         )
         convert_blocks(source, target, table, convert_dtype=self._convert_dtype)
-        if storage.device.type != "cpu":
-            torch.cuda.current_stream(storage.device).synchronize()
+        found.device.wait()  # for the loop's own stream: the slot is lent on, and the blocks are read, after this
 
     def failed(self, tid: TransferId, epoch: Epoch) -> None:
         """It will not be loaded: no more slots for it. Those lent stay its own until `close`."""

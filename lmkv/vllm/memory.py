@@ -20,6 +20,7 @@ from lmkv.layout import Geometry
 from lmkv.transfer.plan import KvMap
 from lmkv.transport import Extents, MemoryKind, Region
 
+from .device import HOST, Device, device_of
 from .geometry import Shard, geometries, storage_bytes
 from .unsupported import layer_specs, refuse_spec
 
@@ -45,8 +46,8 @@ class SlotMemory:
         return self.data[index * self.slot_bytes : index * self.slot_bytes + size]
 
     def region(self) -> Region:
-        kind = MemoryKind.DRAM if self.data.device.type == "cpu" else MemoryKind.VRAM
-        return Region(self.address, self.data.numel(), kind, self.data.device.index or 0, self.data)
+        device = device_of(self.data)
+        return Region(self.address, self.data.numel(), device.kind, device.index, self.data)
 
 
 def landing_slots(landing_bytes: int, slot_bytes: int, device: torch.device) -> SlotMemory | None:
@@ -75,13 +76,27 @@ class KvMemory:
     slots: SlotMemory | None = None
     block_tokens: tuple[int, ...] = ()
     """Of a manager block, by transfer group."""
+    device: Device = HOST
+    """The one that all caches lie on."""
+    device_scratch: torch.Tensor | None = None
+    """SCRATCH_BYTES on the device; None where the caches are in host memory."""
 
     @property
     def scratch_extents(self) -> Extents:
+        """In host memory, whatever the caches lie in: nodes of the pool write there."""
         return Extents.of((self.scratch.ctypes.data, SCRATCH_BYTES))
 
+    @property
+    def warm_extents(self) -> Extents:
+        """Throw-away bytes in the caches' kind of memory: the first write of that kind between two ranks opens what all
+        later ones use (CUDA IPC handles, keys of remote memory)."""
+        if self.device_scratch is None:
+            return self.scratch_extents
+        row = (int(self.device_scratch.data_ptr()), SCRATCH_BYTES)
+        return Extents.of(row, device=self.device.index, kind=self.kind)
+
     def card(self, rank: Rank, address: str, scheme: str, export: bytes) -> wire.WorkerCard:
-        slots = self.slots
+        slots, warm = self.slots, self.warm_extents
         return wire.WorkerCard(
             rank,
             address,
@@ -89,12 +104,14 @@ class KvMemory:
             export,
             self.kind.value,
             self.layers,
-            self.scratch.ctypes.data,
+            int(warm.table[0, 0]),
             SCRATCH_BYTES,
             self.geometries,
             slots.address if slots else 0,
             slots.count if slots else 0,
             slots.slot_bytes if slots else 0,
+            scratch_kind=warm.kind.value,
+            scratch_device=int(warm.table[0, 2]),
         )
 
     def layer_offsets(self, group: int) -> list[int]:
@@ -123,15 +140,14 @@ def describe(
     `slots_for(device)` makes the landing slots, of an engine that wants some.
 
     Addresses come from `data_ptr` and `stride`, never from assumption. Raises ConfigError for caches that cannot be
-    moved block by block (states that are not per token, blocks that are not contiguous).
+    moved block by block (states that are not per token, blocks that are not contiguous), or lie on two devices.
     """
     _check_specs(kv_cache_config)
     group_of = kv_cache_config.transfer_group_index_by_layer
     names: list[list[str]] = [[] for _ in kv_cache_config.transfer_groups]
     layers: list[list[wire.LayerCard]] = [[] for _ in kv_cache_config.transfer_groups]
     storages: dict[int, Any] = {}
-    device = next(iter(kv_caches.values())).device
-    kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
+    device = _one_device(kv_caches)
     for name, tensor in kv_caches.items():
         if name not in group_of:
             continue
@@ -139,17 +155,21 @@ def describe(
         names[group_of[name]].append(name)
         storage = tensor.untyped_storage()
         storages[storage.data_ptr()] = storage
-    regions = [Region(a, s.nbytes(), kind, device.index or 0, s) for a, s in storages.items()]
-    scratch = np.zeros(SCRATCH_BYTES, dtype=np.uint8)
+    regions = [Region(a, s.nbytes(), device.kind, device.index, s) for a, s in storages.items()]
+    scratch, device_scratch = np.zeros(SCRATCH_BYTES, dtype=np.uint8), None
     regions.append(Region(scratch.ctypes.data, SCRATCH_BYTES, MemoryKind.DRAM, 0, scratch))
+    if device.kind is not MemoryKind.DRAM:
+        device_scratch = torch.zeros(SCRATCH_BYTES, dtype=torch.uint8, device=device.device)
+        where = int(device_scratch.data_ptr())
+        regions.append(Region(where, SCRATCH_BYTES, device.kind, device.index, device_scratch))
     flat = tuple(card for cards in layers for card in cards)
     layer_names = tuple(tuple(group_names) for group_names in names)
     found = geometries(kv_caches, layer_names, kv_cache_config.transfer_groups, interior, shard)
-    slots = slots_for(device) if found else None
+    slots = slots_for(device.device) if found else None
     if slots is not None:
         regions.append(slots.region())
     return KvMemory(
-        kind,
+        device.kind,
         flat,
         layer_names,
         _layout(interior, layers),
@@ -159,6 +179,8 @@ def describe(
         tuple(storage_bytes(kv_caches[group_names[0]]) for group_names in layer_names) if found else (),
         slots,
         tuple(group.kv_cache_spec.block_size for group in kv_cache_config.transfer_groups),
+        device,
+        device_scratch,
     )
 
 
@@ -176,6 +198,17 @@ def _layout(interior: str, layers: list[list[wire.LayerCard]]) -> dict[str, str]
         "block_bytes": ",".join(str(cards[0].block_bytes) if cards else "0" for cards in layers),
         "group_layers": ",".join(str(len(cards)) for cards in layers),
     }
+
+
+def _one_device(kv_caches: dict[str, Any]) -> Device:
+    (first, here), *others = ((name, tensor.device) for name, tensor in kv_caches.items())
+    for name, device in others:
+        if device != here:
+            raise ConfigError(
+                f"the cache of layer {first!r} lies on {here}, that of {name!r} on {device}",
+                hint="the caches of a rank have to lie on one device; lmkv does not move those of an offloaded layer",
+            )
+    return device_of(here)
 
 
 def _layer_card(name: str, tensor: Any, group: int, num_blocks: int) -> wire.LayerCard:

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
-from lmkv.errors import LayoutError, TransportError
+from lmkv.errors import ConnectError, LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
 from lmkv.process import has_ended, is_neighbour, may_share_host
 from lmkv.transfer.events import Peer
@@ -144,6 +144,7 @@ class Peers:
     def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
+        self._scratch_of(worker)  # what cannot be warmed is refused before it is connected
         self._departed.pop(peer, None)
         self._fenced.pop(peer, None)
         self._let_go()
@@ -159,6 +160,15 @@ class Peers:
             self._addresses.pop(next(iter(self._addresses)))
         return Pal(engine, worker, peer, transport_id, now_s)
 
+    def _scratch_of(self, worker: wire.WorkerCard) -> Extents:
+        """Where it is warmed and probed: as many bytes as our own scratch has. Raises ConnectError."""
+        if worker.scratch_kind not in list(MemoryKind):
+            raise ConnectError(f"its scratch lies in {worker.scratch_kind!r}", hint=f"known: {', '.join(MemoryKind)}")
+        if not (0 <= worker.scratch_address < 1 << 63 and 0 <= worker.scratch_device < 1 << 31):
+            raise ConnectError(f"its scratch is at {worker.scratch_address} on device {worker.scratch_device}")
+        row = (worker.scratch_address, self._scratch.total_bytes)
+        return Extents.of(row, device=worker.scratch_device, kind=MemoryKind(worker.scratch_kind))
+
     def _tell_if_ready(self, incarnation: Incarnation) -> None:
         engine = self._engines[incarnation]
         if all(self._pals[Peer(incarnation, rank)].ready for rank in engine.meeting.ranks):
@@ -166,7 +176,7 @@ class Peers:
 
     def _warm(self, pal: Pal) -> None:
         """A write that nobody reads. The first of a pair wires it up: hundreds of ms that no request should pay."""
-        remote = Extents.of((pal.worker.scratch_address, self._scratch.total_bytes), kind=MemoryKind.DRAM)
+        remote = self._scratch_of(pal.worker)
         note = wire.encode(wire.WarmNote(self._own))
         try:
             op = self._transport.write(pal.transport_id, self._scratch, remote, note)

@@ -20,7 +20,8 @@ from lmkv.transfer.plan import runs_for
 from lmkv.transfer.receiver import Receiver
 
 from . import dump, memory
-from .checking import Verifier, checksums_for, demanded_ppm
+from .checking import Verifier, demanded_ppm
+from .checksums import Checksums
 from .landing import LandingSlots
 from .peers import Peers
 from .specs import ExpectSpec, RankReport
@@ -58,8 +59,7 @@ class Receiving:
         self._peers = peers
         self._outbox = outbox
         self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
-        checksums = checksums_for(found)
-        self._verifier = Verifier(demanded_ppm(settings, found, checksums), checksums)
+        self._verifier = Verifier(demanded_ppm(settings, found), Checksums(found))
         self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
         self._landed: dict[_Key, int] = {}
         """Failed in landing mode and not drained: the engine does not wait for that. How many slots each holds."""

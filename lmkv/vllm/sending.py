@@ -20,7 +20,8 @@ from lmkv.transfer.sender import Sender
 from lmkv.transport import Extents, OpId, Transport
 
 from . import memory
-from .checking import ALL_PPM, checksums_for, is_checked
+from .checking import ALL_PPM, is_checked
+from .checksums import Checksums
 from .commands import LayersDone, Ready, StepDone
 from .peers import Peers
 from .source import Source
@@ -53,7 +54,7 @@ class Sending:
         self._found = found
         self._map = found.map()
         self._layers = self._map.layers()
-        self._checksums = checksums_for(found)
+        self._checksums = Checksums(found)
         self._targets = Targets(found, self._map)
         self._peers = peers
         self._outbox = outbox
@@ -339,8 +340,6 @@ class Sending:
         tid = transfer_of(action.transfer_id)
         if not is_checked(ppm, tid, action.epoch, self._rank, action.seq):
             return None
-        if self._checksums is None:
-            raise TransferError("the peer demands checksums, and this engine's memory has none (kv_verify)")
         return self._checksums.of(local.table[:, :2])
 
     def _seal(self, action: ev.SendSeal, now_s: float) -> None:

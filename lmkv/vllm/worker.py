@@ -107,7 +107,7 @@ class WorkerSide:
                 self._layer[name] = (group, index)
         self._sizes = found.map().layer_block_bytes()
         if found.kind is MemoryKind.VRAM:
-            self._fence = _record_cuda_event
+            self._fence = found.device.fence
         host, _ = split_address(self._settings.listen)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
         transport = self._runtime.transport(
@@ -279,10 +279,3 @@ class WorkerSide:
         if not (news.reports or news.ledgers or news.loads or news.counted):
             return None
         return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted)
-
-
-def _record_cuda_event() -> Fence:
-    event = torch.cuda.Event()
-    event.record()
-    fence: Fence = event
-    return fence

@@ -95,9 +95,7 @@ class WorkerLoop:
         self._lost_ops: list[tuple[float, OpId]] = []
         """Operations that a replaced data plane had in flight, and when nothing of them can land any more."""
         self._irreplaceable = False
-        self._peers = Peers(
-            transport, self._outbox, rank, memory.scratch_extents, settings, self._peer_gone, self._holds
-        )
+        self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone, self._holds)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
         self._export: bytes | None = None
@@ -155,6 +153,7 @@ class WorkerLoop:
 
     def open(self) -> None:
         """Raises what goes wrong in registering (TransportError)."""
+        self._memory.device.enter_thread()
         for region in self._memory.regions:
             self._transport.register(region)
         if self._pool is not None:

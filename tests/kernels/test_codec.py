@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lmkv import codec_oracle, layout, oracle
 from lmkv.codec import CODECS, LARGEST, SMALLEST_SCALE, area_bytes, coded_pages
-from lmkv.errors import LayoutError
+from lmkv.errors import KernelError, LayoutError
 from lmkv.kernels import codec as codec_ops
 from lmkv.kernels import convert_blocks, decode_pages, encode_pages
 from lmkv.layout import FLOATS, Geometry, canonical_pages, page_bytes, vllm_cache
@@ -281,8 +281,8 @@ def test_the_compiled_op_refuses_what_it_must_not_touch() -> None:
     page = pages_of("bfloat16")
     source, target = places.random(page, Shift(), 10), places.random(coded_pages(page), Shift(), 11)
     short = oracle.Place(target.data[:-200], target.layers, target.geometry)
-    with pytest.raises(RuntimeError, match=r"coded pages of \d+ bytes are too small"):
+    with pytest.raises(KernelError, match=r"coded pages of \d+ bytes are too small"):
         encode_pages(places.cache(source), places.cache(short), "int8")
     odd = places.random(coded_pages(page), Shift(2), 12)
-    with pytest.raises(RuntimeError, match="is not aligned to 4 bytes"):
+    with pytest.raises(KernelError, match="is not aligned to 4 bytes"):
         encode_pages(places.cache(source), places.cache(odd), "int8")

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmkv import kernels, layout, oracle
-from lmkv.errors import LayoutError
+from lmkv.errors import KernelError, LayoutError
 from lmkv.kernels import Cache, convert_blocks, pack_pages, unpack_pages
 from lmkv.layout import Geometry, Segments, canonical_pages, segments, vllm_cache
 
@@ -352,6 +352,6 @@ def test_bad_segments_raise_before_anything_is_written(name: str, op: Op) -> Non
     a, b = model(), canonical_pages(model(), page_tokens=16, pages=4)
     source, target = place(a, 1), place(b, 2)
     before = target.data.copy()
-    with pytest.raises(RuntimeError, match=why):
+    with pytest.raises(KernelError, match=why):
         op(cache(source), cache(target), np.array([[0, 0, 0, 0, 1], row], dtype=np.int32))
     assert np.array_equal(target.data, before)

@@ -78,22 +78,29 @@ def test_library_loads_and_registers_the_ops(library: Path, tmp_path: Path) -> N
         pytest.skip("no C compiler")
     (tmp_path / "stream.c").write_text(STREAM)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(stub), str(tmp_path / "stream.c")], check=True)
-    names = ["convert_blocks", "pack_pages", "unpack_pages"]
+    names = ["convert_blocks", "pack_pages", "unpack_pages", "checksum_runs"]
     command = [sys.executable, "-c", LOAD, str(library), *names]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env={**os.environ, "LD_PRELOAD": str(stub)}
     )
     registered = [line for line in done.stdout.splitlines() if line.startswith("CUDA: ")]
     assert len(registered) == len(names), done.stdout + done.stderr
-    assert all("convert_cuda.cu" in line for line in registered)
+    assert [line for line in registered if "_cuda.cu" in line] == registered
 
 
-def found(script: ModuleType, *, stack: int = 0, spilled: int = 0, registers: int = 40) -> list[str]:
+def found(
+    script: ModuleType,
+    *,
+    stack: int = 0,
+    spilled: int = 0,
+    registers: int = 40,
+    name: str = "k<Packets<16, true>>",
+) -> list[str]:
     """What the script says of a kernel that is like this on every architecture."""
     numbers = [arch.removeprefix("sm_") for arch in script.ARCHITECTURES]
     log = "".join(PTXAS.format(arch=n, stack=stack, spilled=spilled, registers=registers) for n in numbers)
     dump = "".join(SASS.format(arch=n) for n in numbers)
-    said: list[str] = script.findings("_Z1kv", "k<Packets<16, true>>", script.parse_ptxas(log), script.parse_sass(dump))
+    said: list[str] = script.findings("_Z1kv", name, script.parse_ptxas(log), script.parse_sass(dump))
     return said
 
 
@@ -113,6 +120,12 @@ def test_narrow_accesses_are_found(script: ModuleType) -> None:
     assert script.narrow(loads + ["STG.E.64"] * 4) == ["0 128-bit stores, fewer than 4"]
     assert script.narrow(["LDG.E.128", "STG.E.128"] * 4) == ["1 128-bit loads before the first store, fewer than 4"]
     assert len(found(script)) == 2 * len(script.ARCHITECTURES)
+
+
+def test_kernels_that_only_read_need_no_stores(script: ModuleType) -> None:
+    assert script.narrow(["LDG.E.128"] * 4, writes=False) == []
+    assert script.narrow(["LDG.E.64"] * 4, writes=False) == ["0 128-bit loads before the first store, fewer than 4"]
+    assert len(found(script, name="checksum_kernel<SumWords<16>>")) == len(script.ARCHITECTURES)
 
 
 def test_a_missing_architecture_is_found(script: ModuleType) -> None:

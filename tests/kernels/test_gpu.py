@@ -12,10 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmkv import layout, oracle
-from lmkv.kernels import Cache, convert_blocks, loaded, pack_pages, unpack_pages
+from lmkv.errors import LayoutError
+from lmkv.kernels import Cache, checksum_runs, convert_blocks, loaded, pack_pages, unpack_pages
 from lmkv.layout import Geometry, canonical_pages, segments, vllm_cache
 
-from . import places
+from . import places, test_checksum
 from .places import Pair
 
 pytestmark = [
@@ -57,10 +58,21 @@ def test_packs_and_unpacks_as_the_cpu(pair: Pair, seed: int) -> None:
     assert torch.equal(unpack_pages(there, here, back, convert_dtype=True).cpu(), wanted)
 
 
+@LAUNCHES
+@given(case=test_checksum.cases())
+def test_sums_runs_as_the_cpu(case: tuple[torch.Tensor, layout.Array, int]) -> None:
+    data, runs, first = case
+    there = torch.empty(len(data) + 128, dtype=torch.uint8, device=DEVICE)
+    shift = data.data_ptr() % 64
+    there[shift : shift + len(data)].copy_(data)
+    sums = checksum_runs(there[shift : shift + len(data)], runs, first)
+    assert torch.equal(sums.cpu(), checksum_runs(data, runs, first))
+
+
 def test_tensors_on_different_devices_are_refused() -> None:
     g = vllm_cache("LBHNC", layers=1, blocks=2, heads=1, block_tokens=16, parts=(16, 16))
     table = segments(g, g, [0], [1], (0, 16))
-    with pytest.raises(RuntimeError, match="is not on"):
+    with pytest.raises(LayoutError, match="source on cuda:0 and target on cpu"):
         convert_blocks(Cache.empty(g, DEVICE), Cache.empty(g), table)
 
 
@@ -108,6 +120,18 @@ def test_bandwidth(source: Geometry, target: Geometry | None) -> None:
     moved = 2 * here.data.numel()
     print(f"\n{moved / ours / 1e6:.0f} GB/s, {copy / ours:.2f} of a device copy ({moved / copy / 1e6:.0f} GB/s)")
     assert copy / ours > 0.1
+
+
+def test_bandwidth_of_checksums() -> None:
+    """Blocks of 64 KB in any order, read once; a copy reads and writes."""
+    data = torch.randint(0, 256, (512 << 20,), dtype=torch.uint8, device=DEVICE)
+    blocks = np.random.default_rng(0).permutation(len(data) >> 16)
+    runs = np.stack([blocks << 16, np.full(len(blocks), 1 << 16)], axis=1)
+    plain = torch.empty_like(data)
+    ours, copy = milliseconds(lambda: checksum_runs(data, runs)), milliseconds(lambda: plain.copy_(data))
+    share = (len(data) / ours) / (2 * len(data) / copy)
+    print(f"\n{len(data) / ours / 1e6:.0f} GB/s, {share:.2f} of a device copy")
+    assert share > 0.1
 
 
 def milliseconds(call: Callable[[], object], rounds: int = 20) -> float:

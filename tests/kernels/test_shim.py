@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmkv import layout, oracle
+from lmkv.errors import KernelError
 from lmkv.kernels import convert_blocks, ops, pack_pages, unpack_pages
 from lmkv.layout import Geometry, canonical_pages, segments, vllm_cache
 
@@ -198,5 +199,5 @@ def test_lanes_lie_along_what_the_target_has_side_by_side(target: str, tokens_fi
 
 def test_elements_across_alignments_are_refused() -> None:
     pair = whole(cache_of(), cache_of(interior="vec"), Shift(layers=1))
-    with pytest.raises(RuntimeError, match=r"layer 0 at byte \d+ is not aligned to its elements of 2 bytes"):
+    with pytest.raises(KernelError, match=r"layer 0 at byte \d+ is not aligned to its elements of 2 bytes"):
         convert_and_compare(pair, 9, warps=1, widest=16)

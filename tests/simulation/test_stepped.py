@@ -115,7 +115,7 @@ class Engine:
         until_s = self.world.clock() + 5.0
         tokens = (0, len(blocks) * CHUNK)
         spec = LoadSpec(REQUEST, NAMESPACE, tokens, (BlockRange(0, 0, blocks),), tuple(lookup.pages), until_s)
-        self.loop.submit(Loading((spec,)))
+        self.loop.submit(Loading((spec,), None))
         (report,) = self.take("loads")
         self.lookups.release(lookup.leases)
         assert isinstance(report, LoadReport)

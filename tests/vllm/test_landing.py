@@ -17,7 +17,7 @@ from lmkv.ids import EngineName, Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import Peer, Rect
 from lmkv.transfer.landing import extents_into_slot, share_of
 from lmkv.vllm import memory
-from lmkv.vllm.checking import ALL_PPM, HostChecksums, Verifier
+from lmkv.vllm.checking import ALL_PPM, Verifier
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.landing import LandingSlots
 from lmkv.vllm.meeting import Meeting
@@ -72,7 +72,7 @@ class Bench:
             peers,
             self.outbox,
             False,
-            Verifier(ALL_PPM, HostChecksums()),  # type: ignore[arg-type]
+            Verifier(ALL_PPM, SimpleNamespace(of=memory.checksum)),  # type: ignore[arg-type]
         )
         self.spec = ExpectSpec(TID, RequestId("r"), Epoch(1), THEM, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),))
         self.landing.open(self.spec)

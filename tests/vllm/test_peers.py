@@ -20,7 +20,17 @@ from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Incarnation, Rank
 from lmkv.process import own_process
 from lmkv.transfer.events import Peer
-from lmkv.transport import Completion, Extents, PeerLost, Region, Transport, open_transport
+from lmkv.transport import (
+    Completion,
+    Extents,
+    MemoryKind,
+    OpId,
+    PeerId,
+    PeerLost,
+    Region,
+    Transport,
+    open_transport,
+)
 from lmkv.vllm.pal import Loss
 from lmkv.vllm.peers import DEPARTED_PROBE_S, DEPARTED_S, DRAIN_S, REMOTE_DRAIN_S, Peers
 
@@ -143,6 +153,45 @@ def test_introduced_warmed_and_beating(bench: Bench) -> None:
     assert bench.peers.peer_of(bench.theirs.transport.name) == PEER
     bench.peers.introduce(bench.introduction, bench.now_s)
     assert bench.told() == [""]
+
+
+def test_a_peer_is_warmed_and_probed_in_its_kind_of_memory(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first write of a kind between two ranks is what costs: with DRAM alone the first KV in VRAM would pay it."""
+    engine = bench.introduction.card
+    worker = msgspec.structs.replace(engine.workers[0], scratch_kind="VRAM", scratch_device=3)
+    card = msgspec.structs.replace(engine, workers=(worker,))
+    targets: list[Extents] = []
+    write = bench.ours.transport.write
+
+    def seen(peer: PeerId, local: Extents, remote: Extents, note: bytes = b"") -> OpId:
+        targets.append(remote)
+        return write(peer, local, Extents.of((worker.scratch_address, 64)), note)
+
+    monkeypatch.setattr(bench.ours.transport, "write", seen)
+    bench.peers.introduce(wire.Introduce(card, bench.own), bench.now_s)
+    bench.run()
+    assert bench.told() == [""]
+    (target,) = targets
+    assert target.kind is MemoryKind.VRAM and target.table.tolist() == [[worker.scratch_address, 64, 3]]
+
+
+@pytest.mark.parametrize(
+    ("scratch", "said"),
+    [
+        ({"scratch_kind": "TAPE"}, "scratch lies in 'TAPE'"),
+        ({"scratch_address": -1}, "scratch is at -1 on device 0"),
+        ({"scratch_address": 1 << 70}, "scratch is at 1180591620717411303424"),
+        ({"scratch_device": -2}, "on device -2"),
+    ],
+)
+def test_a_peer_with_scratch_memory_that_cannot_be_is_refused(
+    bench: Bench, scratch: dict[str, object], said: str
+) -> None:
+    engine = bench.introduction.card
+    card = msgspec.structs.replace(engine, workers=(msgspec.structs.replace(engine.workers[0], **scratch),))
+    bench.peers.introduce(wire.Introduce(card, bench.own), bench.now_s)
+    (error,) = bench.told()
+    assert "cannot connect to 'e'" in error and said in error
 
 
 def test_silence_ends_a_pair_and_beats_keep_it(bench: Bench) -> None:

@@ -132,10 +132,11 @@ class Loads:
         return access is None or access.reach is Reach.LOCAL or self._staging.can_load(len(self._shares.groups))
 
     def _advance(self, load: _Load) -> None:
-        page = load.spec.pages[load.next]
+        first = load.next
+        page = load.spec.pages[first]
         access = self._find(page.node)
         if access is None:
-            self._cut(load, load.next, "node_lost")
+            self._cut(load, first, "node_lost")
             return
         try:
             if access.reach is Reach.LOCAL:
@@ -144,7 +145,7 @@ class Loads:
                 self._read(load, access)
         except LmkvError as error:
             logger.warning("pages of %s cannot be loaded: %s", page.node, error)
-            self._cut(load, load.next, "failed")
+            self._cut(load, first, "failed")
 
     def _same_node(self, load: _Load, most: int) -> int:
         """How many pages from `next` on are of its node, `most` at most."""
@@ -211,7 +212,11 @@ class Loads:
                 [self._staging.offset(slot) for slot in read.slots[group * whole : (group + 1) * whole]]
                 for group in range(len(self._shares.groups))
             ]
-            self._unpack(load, read.lo, read.hi, self._staging.data, places)
+            try:
+                self._unpack(load, read.lo, read.hi, self._staging.data, places)
+            except LmkvError as failed:
+                logger.warning("pages of %s cannot be unpacked: %s", load.spec.pages[read.lo].node, failed)
+                self._cut(load, read.lo, "failed")
         self._staging.give_back(read.slots)
         self._end_if_over(load)
         return True

@@ -99,7 +99,9 @@ class PoolRank:
             name = settings.name or "engine"
             me = Me(message.incarnation, self._rank, name, self._transport, self._scratch, self._runtime)
             self._engine = message.address
-            self._directory = Directory(self._context, me, settings.pool, settings.controller)
+            # Arenas are host memory: ops that pack blocks of a device cannot write there, so pages go by staging.
+            maps = self._staging.in_host_memory
+            self._directory = Directory(self._context, me, settings.pool, settings.controller, map_arenas=maps)
             self._stores = Stores(
                 message.incarnation, self._rank, self._shares, self._staging, self._arena, self._counters
             )

@@ -57,7 +57,8 @@ class Shares:
         offsets: Sequence[int],
         from_token: int,
     ) -> list[Sums]:
-        return self.groups[group].unpack(
+        """The reverse; the blocks have been written when it returns."""
+        sums = self.groups[group].unpack(
             data,
             offsets,
             chunks,
@@ -66,6 +67,8 @@ class Shares:
             self._first_token(group, blocks),
             from_token,
         )
+        self._found.device.wait()  # not all that was enqueued comes before the checksums
+        return sums
 
     def _kernel_blocks(self, group: int, blocks: BlockRange) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         geometry: Geometry = self._found.geometries[group]

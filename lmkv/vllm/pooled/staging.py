@@ -8,6 +8,8 @@ import torch
 
 from lmkv.transport import Extents, MemoryKind, Region
 
+from ..device import device_of
+
 
 class Staging:
     """`count` slots of `slot_bytes`. Stores may take `for_stores` of them at most, so that loads need not wait."""
@@ -16,19 +18,19 @@ class Staging:
         self.slot_bytes = -(-slot_bytes // 4096) * 4096
         self.count = staging_bytes // self.slot_bytes
         self.data = torch.empty(self.count * self.slot_bytes, dtype=torch.uint8, device=device)
+        self._device = device_of(self.data)
         self._free = list(range(self.count))
         """A heap: the lowest are taken first, so that they follow each other in memory, and stay in the caches."""
         self._stores_left = max(1, self.count // 2)
         self._of_stores: set[int] = set()
 
     def region(self) -> Region:
-        device = self.data.device
-        kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
-        return Region(int(self.data.data_ptr()), self.data.numel(), kind, device.index or 0, self.data)
+        device = self._device
+        return Region(int(self.data.data_ptr()), self.data.numel(), device.kind, device.index, self.data)
 
     @property
     def in_host_memory(self) -> bool:
-        return bool(self.data.device.type == "cpu")
+        return self._device.kind is MemoryKind.DRAM
 
     def take(self, most: int, for_store: bool = False) -> list[int]:
         """As many as there are, `most` at most, in ascending order."""
@@ -67,7 +69,6 @@ class Staging:
 
     def rows(self, table: list[tuple[int, int]]) -> Extents:
         """(slot, bytes)"""
-        device = self.data.device
-        kind = MemoryKind.DRAM if device.type == "cpu" else MemoryKind.VRAM
-        base = int(self.data.data_ptr())
-        return Extents.of(*((base + self.offset(s), size) for s, size in table), device=device.index or 0, kind=kind)
+        device, base = self._device, int(self.data.data_ptr())
+        rows = ((base + self.offset(slot), size) for slot, size in table)
+        return Extents.of(*rows, device=device.index, kind=device.kind)
