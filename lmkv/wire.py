@@ -264,6 +264,8 @@ class Description(_Message, frozen=True, tag=True):
     peers: tuple[tuple[str, str], ...]
     """(name, incarnation) of ready peers."""
     counters: dict[str, int]
+    trouble: str = ""
+    """Why this engine exchanges no KV (any more), and computes every prompt itself."""
 
 
 class Explain(_Message, frozen=True, tag=True):

@@ -197,6 +197,12 @@ class Peers:
         for rank in engine.meeting.ranks if engine else ():
             self._part(self._pals.pop(Peer(incarnation, rank)), dead)
 
+    def part(self, incarnation: Incarnation, reason: str) -> None:
+        """A peer that makes trouble is parted from, without proof of its death; our engine is told."""
+        pal = next((pal for peer, pal in self._pals.items() if peer.incarnation == incarnation), None)
+        if pal is not None:
+            self._lose(pal, dead=False, reason=reason)
+
     def transport_lost(self, transport_id: PeerId, reason: str) -> None:
         """The data plane has proved the peer dead."""
         peer = self._by_transport.pop(transport_id, None)

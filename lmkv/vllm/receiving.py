@@ -13,7 +13,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import TransferError
-from lmkv.ids import Rank, TransferId
+from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.incoming import ReceiverLimits
 from lmkv.transfer.plan import runs_for
@@ -99,6 +99,17 @@ class Receiving:
     def abandoned(self, tids: tuple[TransferId, ...], now_s: float) -> None:
         for tid in tids:
             self.handle(ev.Abandon(tid), now_s)
+
+    def fail(self, tid: TransferId, request_id: RequestId | None, reason: str) -> None:
+        """The transfer is reported as failed, whatever the machine knows of it (`request_id` None: of that request, if
+        it is known). Its blocks stay in quarantine, unless the machine tells that nothing lands in them any more."""
+        spec = self._specs.pop(tid, None)
+        request_id = spec.request_id if spec is not None else request_id
+        if tid in self._over or request_id is None:
+            return
+        self._traces.pop(tid, None)
+        self._over[tid] = None
+        self._reports.append(RankReport(tid, request_id, ev.ReceiveOutcome.FAILED.value, False, reason))
 
     def note_came(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote, now_s: float) -> None:
         tid = note.transfer_id
@@ -208,6 +219,8 @@ class Receiving:
 
     def _report(self, action: ev.Report, now_s: float) -> None:
         tid = action.transfer_id
+        if tid not in self._specs:
+            return  # `fail` has reported it
         spec, trace = self._specs.pop(tid), self._traces.pop(tid)
         self._over[tid] = None
         while len(self._over) > _REMEMBERED:

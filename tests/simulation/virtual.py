@@ -105,6 +105,8 @@ class SteppedRunner:
             self._end()
         elif self.alive:
             self._plan()
+        if self.world.raises and self.world.caught:
+            raise self.world.caught[0][1]
 
     def _plan(self) -> None:
         descriptors = self.part.descriptors()
@@ -208,6 +210,7 @@ class Process:
             background=lambda title, function: _Once(world, self, title, function),
             lane=lambda title: SteppedLane(world, self, title),
             wait=world.wait,
+            caught=world.note_caught,
             host=VirtualHost(world.offers, host, name),
         )
 
@@ -239,7 +242,8 @@ class SteppedRuntime:
     """The world: its processes, its network, its time. Everything that is drawn comes from `seed`."""
 
     def __init__(self, seed: int = 0, *, raises: bool = True, traced: int = 0) -> None:
-        """`raises`: a part that fails fails the test, else its runner keeps the `error`. `traced`: keep the names of
+        """`raises`: a part that fails, or has caught a failure, fails the test; otherwise they are kept (`error` of the
+        runner, `caught`). `traced`: keep the names of
         so many last turns in `trace`."""
         self.seed = seed
         self.raises = raises
@@ -255,10 +259,15 @@ class SteppedRuntime:
         """A job of a lane (a page written to disk, or read) takes up to so long."""
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=traced)
         """(time, process, part) of turns."""
+        self.caught: list[tuple[str, Exception]] = []
+        """Failures that a Guard of lmkv has caught: bugs that real processes survive."""
         self.processes: dict[str, Process] = {}
         self._lives: dict[str, int] = {}
         self._runners: list[SteppedRunner] = []
         self._active: list[SteppedRunner] = []
+
+    def note_caught(self, what: str, error: Exception) -> None:
+        self.caught.append((what, error))
 
     # --- processes ---
 
