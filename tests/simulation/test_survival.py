@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,9 +24,7 @@ from lmkv.vllm.commands import (
     Preempted,
     Stored,
 )
-from lmkv.vllm.metadata import StepMeta, WorkerMeta
-from lmkv.vllm.specs import BlockRange, ExpectSpec, LoadReport, LoadSpec, OfferSpec, Push, RankReport, StoreSpec
-from lmkv.vllm.worker import WorkerSide
+from lmkv.vllm.specs import BlockRange, ExpectSpec, LoadReport, LoadSpec, OfferSpec, Push, StoreSpec
 from tests.simulation.builders import REQUEST, Engine, start_node
 from tests.simulation.virtual import SteppedRuntime
 from tests.vllm.pool_bed import CHUNK, NAMESPACE
@@ -281,39 +278,6 @@ def test_who_waits_when_the_loop_dies_waits_no_longer(
     monkeypatch.setattr(engine.loop, "_publish", bug)
     assert engine.process.runtime.wait(command.drained, 5.0)
     assert world.clock() - began_s < 1.0
-
-
-def worker_side(engine: Engine) -> WorkerSide:
-    side = WorkerSide(SimpleNamespace(), engine.cache_config, engine.settings, Rank(0), engine.process.runtime)
-    side._loop = engine.loop
-    return side
-
-
-def test_the_worker_half_gives_up_what_a_dead_loop_had(world: SteppedRuntime, dead: Engine) -> None:
-    side, began_s = worker_side(dead), world.clock()
-    meta = StepMeta(
-        offers=[OfferSpec(TID, RequestId("sent"))],
-        expects=[ExpectSpec(TID, RequestId("expected"), Epoch(1), Incarnation("x"), ())],
-        loads=[LoadSpec(RequestId("loaded"), NAMESPACE, (0, 64), (BlockRange(0, 0, (1,)),), (), 0.0)],
-        preempted=[TID],
-        overwritten=[REQUEST],
-        idle=True,
-    )
-    side.before_forward(meta)
-    side.bind(meta)
-    side.sweep()
-    sent, received, failed = side.results({"sent"})
-    assert (sent, received, failed) == ({"sent"}, {"expected", "loaded"}, {"expected"})
-    assert side.load_errors() == {1}
-    told = side.worker_meta()
-    assert told is not None and "rank 0 has failed" in told.broken
-    assert told.reports == [RankReport(TID, RequestId("expected"), "failed", False, "the worker loop has died")]
-    assert world.clock() == began_s
-
-
-def test_what_one_rank_tells_is_told_of_all() -> None:
-    both = WorkerMeta(broken="rank 1").aggregate(WorkerMeta())
-    assert both.broken == WorkerMeta().aggregate(WorkerMeta(broken="rank 1")).broken == "rank 1"
 
 
 # --- the endpoint ---

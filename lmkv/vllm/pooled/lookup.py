@@ -112,7 +112,7 @@ class Lookups:
 
     def declare(self, namespace: bytes, description: str) -> None:
         self._names.append((namespace, description))
-        self._runner.wake()
+        self._tell()
 
     def usable(self, nodes: dict[Incarnation, bool]) -> None:
         """What all ranks can load from, and whether they map it."""
@@ -134,15 +134,13 @@ class Lookups:
         until_s = now_s + (wait_s + 0.1 if wait_s else own.lookup_ms / 1e3)
         lookup = Lookup(namespace, keys, now_s, until_s, own.load_s + wait_s + LEASE_MORE_S, first, wait_s)
         self._asked.append(lookup)
-        self._runner.wake()
-        if self._is_over:
-            self._let_go()
+        self._tell()
         return lookup
 
     def corrupt(self, namespace: bytes, pages: Sequence[PageSource]) -> None:
         """Tell their nodes, as long as the leases are held: call `release` afterwards."""
         self._corrupt += [(namespace, page) for page in pages]
-        self._runner.wake()
+        self._tell()
 
     def abandon(self, lookup: Lookup) -> None:
         """Nobody wants it any more, done or not."""
@@ -153,6 +151,10 @@ class Lookups:
     def release(self, leases: list[Lease]) -> None:
         """Twice is once."""
         self._released += leases
+        self._tell()
+
+    def _tell(self) -> None:
+        """There is something to do; nothing of it is kept once nobody does it."""
         self._runner.wake()
         if self._is_over:
             self._let_go()
