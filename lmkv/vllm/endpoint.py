@@ -194,6 +194,8 @@ class EngineEndpoint:
                 case wire.Hello() | wire.Welcome() if self._is_refusing:
                     refusal = wire.Refuse(pairing.card.incarnation, pairing.card.address, self._closed)
                     actions = [ToEngine(message.card.address, refusal)]
+                case wire.Meet() if self._is_refusing:
+                    actions = [Answer(letter.identity, wire.Met(message.token, "", "", self._closed))]
                 case wire.Hello():
                     actions = pairing.hello(message.card)
                 case wire.Welcome():
