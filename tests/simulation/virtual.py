@@ -12,7 +12,8 @@ from typing import Any
 from lmkv.control.runtime import START_S, Part, Runtime
 from lmkv.transport import Transport, open_transport
 from tests.simulation.hosts import Offers, VirtualHost
-from tests.simulation.mail import Network, VirtualContext
+from tests.simulation.mail import VirtualContext
+from tests.simulation.network import Network
 
 logger = logging.getLogger(__name__)
 
