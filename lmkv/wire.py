@@ -313,6 +313,8 @@ class Description(_Message, frozen=True, tag=True):
     counters: dict[str, int]
     private: str = ""
     """Why this engine's KV is its own alone (its weights cannot be identified), or ""."""
+    trouble: str = ""
+    """Why this engine exchanges no KV (any more), and computes every prompt itself."""
 
 
 class Explain(_Message, frozen=True, tag=True):

@@ -104,6 +104,8 @@ class Runtime:
     wait: Callable[[threading.Event, float], bool] = threading.Event.wait
     """Waits for an event for so many seconds; False when it was not set by then. Every wait of an engine
     thread, and of a lane."""
+    caught: Callable[[str, Exception], None] = lambda what, error: None
+    """Told of every failure that a `Guard` has caught and logged; a test may want to fail then."""
     host: Host = field(default_factory=ThisHost)
     """The machine, and memory that its processes share."""
 

@@ -16,13 +16,14 @@ import zmq
 
 from lmkv import poolwire as pw
 from lmkv.control.etcd import EtcdMembership
+from lmkv.control.guard import Guard
 from lmkv.control.host import Connection, Offer
 from lmkv.control.mailbox import split_address
 from lmkv.control.runtime import START_S, THREADS, Runtime
 from lmkv.control.wake import has_mail
 from lmkv.errors import ConfigError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
-from lmkv.transport import Completion, PeerLost, Region, Transport
+from lmkv.transport import Completion, Event, PeerLost, Region, Transport
 
 from .arena import Arena
 from .clients import Clients
@@ -70,6 +71,7 @@ class PoolNode:
         self._runner = runtime.runner("lmkv-pool", self)
         self._ending = contextlib.ExitStack()
         """Closes what has been opened, the last first."""
+        self._guard = Guard("pool node", runtime.caught)
         self._is_watched = False
         self._has_more = False
         self._end_s = float("inf")
@@ -232,7 +234,7 @@ class PoolNode:
             self._runner.stop()
             return
         if self._offer is not None:
-            self._offer.turn()
+            self._guard.work("share", self._offer.turn)
         self._has_more = self._take_letters(now_s)
         self._take_events(now_s)
         self._tend(now_s)
@@ -269,20 +271,25 @@ class PoolNode:
 
     def _tend(self, now_s: float) -> None:
         assert self._tiering is not None
-        self._tiering.collect()
-        self._copying.tick(now_s)
-        self._replicas.tick(now_s)
-        self._desk.settle(now_s)
+        self._guard.work("tiers", self._tiering.collect)
+        self._guard.work("copies", lambda: self._copying.tick(now_s))
+        self._guard.work("replicas", lambda: self._replicas.tick(now_s))
+        self._guard.work("waiting", lambda: self._desk.settle(now_s))
         if now_s - self._tick_s >= TICK_S:
             self._tick_s = now_s
-            self._index.expire(now_s)
-            self._leases.expire(now_s)
-            self._clients.tick(now_s)
+            self._guard.work("expiry", lambda: self._expire(now_s))
+        for kind, count in self._guard.take_counts().items():
+            self._index.counters[f"failure:{kind}"] += count
         self._publisher.flush(self._incarnation)
         if now_s - self._beat_s >= self._settings.beat_s:
             self._beat_s = now_s
             self._publisher.sign_of_life(self._incarnation)
             self._publisher.beat(self._beat())
+
+    def _expire(self, now_s: float) -> None:
+        self._index.expire(now_s)
+        self._leases.expire(now_s)
+        self._clients.tick(now_s)
 
     def _beat(self, leaving: bool = False) -> pw.NodeBeat:
         arena = self._index.used_bytes
@@ -305,19 +312,34 @@ class PoolNode:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return False
-            token = 0
             try:
                 if len(frames) != 2:
                     raise WireError(f"a message has 2 frames, not {len(frames)}")
                 message = pw.decode(frames[1])
-                token = getattr(message, "token", 0)
-                self._desk.take(frames[0], message, now_s)
             except WireError as error:
-                self._index.counters["unreadable"] += 1
-                logger.warning("a message is not taken: %s", error)
-                if token:
-                    self._send(frames[0], pw.Unreadable(token, error.message))
+                self._refuse(frames[0], 0, error.message)
+                continue
+            self._guard.attempt(
+                type(message).__name__,
+                lambda frames=frames, message=message: self._take_letter(frames[0], message, now_s),  # type: ignore[misc]
+                lambda frames=frames, message=message: self._refuse(  # type: ignore[misc]
+                    frames[0], getattr(message, "token", 0), "the node could not handle it; its log has more"
+                ),
+                str(getattr(message, "incarnation", "")),
+            )
         return True
+
+    def _take_letter(self, identity: bytes, message: pw.PoolMessage, now_s: float) -> None:
+        try:
+            self._desk.take(identity, message, now_s)
+        except WireError as error:
+            self._refuse(identity, getattr(message, "token", 0), error.message)
+
+    def _refuse(self, identity: bytes, token: int, why: str) -> None:
+        self._index.counters["unreadable"] += 1
+        logger.warning("a message is not taken: %s", why)
+        if token:
+            self._send(identity, pw.Unreadable(token, why))
 
     def _send(self, identity: bytes, message: pw.PoolMessage) -> None:
         try:
@@ -328,16 +350,25 @@ class PoolNode:
     def _take_events(self, now_s: float) -> None:
         if self._transport is None:
             return
-        for event in self._transport.poll():
-            match event:
-                case Completion(op, error):
-                    self._transport.release(op)
-                    ours = self._pushing.completed(op, error) or self._copying.completed(op, error, now_s)
-                    if not ours:
-                        self._clients.completed(op, error)
-                case PeerLost(peer, reason):
-                    self._copying.peer_lost(peer, reason)
-                    self._clients.lost(peer, reason)
+        events: list[Event] = []
+        transport = self._transport
+        self._guard.work("poll", lambda: events.extend(transport.poll()))
+        for event in events:
+            self._guard.attempt(
+                type(event).__name__,
+                lambda event=event: self._take_event(transport, event, now_s),  # type: ignore[misc]
+            )
+
+    def _take_event(self, transport: Transport, event: Event, now_s: float) -> None:
+        match event:
+            case Completion(op, error):
+                transport.release(op)
+                ours = self._pushing.completed(op, error) or self._copying.completed(op, error, now_s)
+                if not ours:
+                    self._clients.completed(op, error)
+            case PeerLost(peer, reason):
+                self._copying.peer_lost(peer, reason)
+                self._clients.lost(peer, reason)
 
     def _joined(self, connection: Connection, told: bytes) -> None:
         """Raises ValueError, KeyError or TypeError for what nobody of ours says."""

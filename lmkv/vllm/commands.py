@@ -145,10 +145,14 @@ class Results:
     """One entry for each StoreSpec whose blocks are read no more."""
     counted: Counter[str] = field(default_factory=Counter)
     """By the pool, since the last time."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Bugs that the loop has survived since the last time, by kind."""
 
     def __bool__(self) -> bool:
         """There is something."""
-        return bool(self.sent or self.reports or self.ledgers or self.loads or self.packed or self.counted)
+        return bool(
+            self.sent or self.reports or self.ledgers or self.loads or self.packed or self.counted or self.failures
+        )
 
     def add(self, more: Results) -> None:
         self.sent += more.sent
@@ -157,3 +161,25 @@ class Results:
         self.loads += more.loads
         self.packed += more.packed
         self.counted += more.counted
+        self.failures += more.failures
+
+
+def split(command: Command) -> list[Command]:
+    """One command for each request or transfer, where it is of several that have nothing to do with each other."""
+    match command:
+        case Offered(offers):
+            return [Offered((offer,)) for offer in offers]
+        case Withdrawn(withdrawals):
+            return [Withdrawn((withdrawal,)) for withdrawal in withdrawals]
+        case Expected(expects):
+            return [Expected((expect,)) for expect in expects]
+        case Abandoned(tids):
+            return [Abandoned((tid,)) for tid in tids]
+        case Stored(specs, holds, fence):
+            return [Stored((spec,), (hold,), fence) for spec, hold in zip(specs, holds, strict=True)]
+        case Loading(loads, fence):
+            return [Loading((load,), fence) for load in loads]
+        case Ended(request_ids):
+            return [Ended((request_id,)) for request_id in request_ids]
+        case _:
+            return [command]

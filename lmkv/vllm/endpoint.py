@@ -5,12 +5,14 @@ It alone owns its Inbox and Outbox. The engine thread talks to it through `pair`
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from lmkv import wire
+from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Inbox, Letter, Outbox
 from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, ToWorkers
 from lmkv.control.runtime import THREADS, Runtime
@@ -42,12 +44,15 @@ class EngineEndpoint:
         self._pairing: Pairing | None = None
         self._wanted: dict[str, float] = {}
         self._to_send: deque[tuple[str, wire.Control]] = deque()
+        self._guard = Guard("endpoint", runtime.caught)
         self._is_watched = False
+        self._is_over = False
         self._is_closed = False
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
         self._private = ""
         self._closed = "the digest of the weights is not known yet"
-        """Why there is no pairing (yet)."""
+        """Why there is no pairing (yet, or any more)."""
+        self._is_refusing = False
         self._runner = runtime.runner("lmkv-endpoint", self)
 
     @property
@@ -69,8 +74,10 @@ class EngineEndpoint:
         self._hear_pool = hear
 
     def refuse_all(self, reason: str) -> None:
-        """Instead of `start`: this engine pairs with nobody."""
-        self._closed = reason
+        """Instead of `start`, or from then on: this engine pairs with nobody, and tells why to who asks."""
+        with self._lock:
+            self._closed, self._is_refusing = reason, True
+            self._wanted.clear()
 
     # --- engine thread ---
 
@@ -78,7 +85,7 @@ class EngineEndpoint:
         """State of the pair with the engine at `address`; a pending one is (further) sought.
 
         Before `start` there are no pairs. That is told as a refusal, so that no request waits for it."""
-        if self._pairing is None:
+        if self._pairing is None or self._is_refusing:
             return PairState.REFUSED, self._closed, None
         with self._lock:
             state, reason = self._pairing.state(address)
@@ -120,6 +127,8 @@ class EngineEndpoint:
         """Send a message that is in no hurry."""
         self._to_send.append((address, message))
         self._runner.wake()
+        if self._is_over:
+            self._to_send.clear()
 
     def close(self) -> None:
         with self._lock:
@@ -136,10 +145,22 @@ class EngineEndpoint:
 
     def turn(self, now_s: float) -> None:
         while self._to_send:
-            self._outbox.send(*self._to_send.popleft())
+            address, message = self._to_send.popleft()
+            kind = f"send:{type(message).__name__}"
+            self._guard.attempt(
+                kind,
+                lambda address=address, message=message: self._outbox.send(address, message),  # type: ignore[misc]
+            )
         for letter in self._inbox.receive():
-            self._take(letter, now_s)
+            kind, sender = type(letter.message).__name__, str(getattr(letter.message, "incarnation", ""))
+            self._guard.attempt(
+                kind,
+                lambda letter=letter: self._take(letter, now_s),  # type: ignore[misc]
+                sender=sender,
+            )
         self._seek(now_s)
+        for kind, count in self._guard.take_counts().items():
+            self._book.count(f"failure:{kind}", count)
 
     def next_s(self, now_s: float) -> float:
         if has_mail(self._inbox.socket):
@@ -153,19 +174,33 @@ class EngineEndpoint:
         return [self._inbox.socket.fileno()]
 
     def end(self) -> None:
-        self._inbox.close()
-        self._outbox.close()
-        self._context.term()
+        self._is_over = True
+        self.refuse_all("this engine's endpoint has ended")
+        self._to_send.clear()
+        with contextlib.ExitStack() as closing:  # whatever fails, the rest is closed
+            closing.callback(self._context.term)
+            closing.callback(self._outbox.close)
+            closing.callback(self._inbox.close)
 
     def _seek(self, now_s: float) -> None:
         assert self._pairing is not None
-        actions: list[Action] = []
         with self._lock:
-            for address, until_s in list(self._wanted.items()):
-                if now_s > until_s or self._pairing.state(address)[0] is PairState.READY:
-                    del self._wanted[address]
-                else:
-                    actions += self._pairing.want(address, now_s)
+            wanted = list(self._wanted.items())
+        for address, until_s in wanted:
+            self._guard.attempt(
+                "seek",
+                lambda address=address, until_s=until_s: self._seek_one(address, until_s, now_s),  # type: ignore[misc]
+                lambda address=address: self._wanted.pop(address, None),  # type: ignore[misc]
+                address,
+            )
+
+    def _seek_one(self, address: str, until_s: float, now_s: float) -> None:
+        assert self._pairing is not None
+        with self._lock:
+            if now_s > until_s or self._pairing.state(address)[0] is PairState.READY:
+                self._wanted.pop(address, None)
+                return
+            actions = self._pairing.want(address, now_s)
         self._do(actions)
 
     def _take(self, letter: Letter, now_s: float) -> None:
@@ -174,6 +209,11 @@ class EngineEndpoint:
         actions: list[Action] = []
         with self._lock:
             match message:
+                case wire.Hello() | wire.Welcome() if self._is_refusing:
+                    refusal = wire.Refuse(pairing.card.incarnation, pairing.card.address, self._closed)
+                    actions = [ToEngine(message.card.address, refusal)]
+                case wire.Meet() if self._is_refusing:
+                    actions = [Answer(letter.identity, wire.Met(message.token, "", "", self._closed))]
                 case wire.Hello():
                     actions = pairing.hello(message.card, message.pair)
                 case wire.Welcome():
@@ -206,9 +246,10 @@ class EngineEndpoint:
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None
         card = self._pairing.card
+        trouble = self._closed if self._is_refusing else ""
         peers = tuple((peer.name, peer.incarnation) for peer in self._pairing.ready_peers())
         return wire.Description(
-            token, card.name, card.incarnation, card.role, peers, self._book.counts(), self._private
+            token, card.name, card.incarnation, card.role, peers, self._book.counts(), self._private, trouble
         )
 
     def _do(self, actions: list[Action]) -> None:

@@ -47,6 +47,10 @@ class WorkerMeta(KVConnectorWorkerMetadata):
     loads: list[LoadReport] = field(default_factory=list)
     counted: Counter[str] = field(default_factory=Counter)
     """What the pool's parts have counted, all ranks together."""
+    failures: Counter[str] = field(default_factory=Counter)
+    """Bugs that the ranks' loops have survived, by kind."""
+    broken: str = ""
+    """Why a rank moves no KV any more; "" while all do."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> WorkerMeta:
         assert isinstance(other, WorkerMeta)
@@ -55,6 +59,8 @@ class WorkerMeta(KVConnectorWorkerMetadata):
             self.ledgers + other.ledgers,
             self.loads + other.loads,
             self.counted + other.counted,
+            self.failures + other.failures,
+            self.broken or other.broken,
         )
 
 

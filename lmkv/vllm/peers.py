@@ -213,6 +213,12 @@ class Peers:
             pal.claimed = dead
             self._part(pal, Loss.SILENT)
 
+    def part(self, incarnation: Incarnation, reason: str) -> None:
+        """A peer that makes trouble is parted from, without proof of its death; our engine is told."""
+        pal = next((pal for peer, pal in self._pals.items() if peer.incarnation == incarnation), None)
+        if pal is not None:
+            self._lose(pal, Loss.SILENT, reason)
+
     def transport_lost(self, transport_id: PeerId, reason: str) -> None:
         """Our connection to the peer has ended. That is no proof of a death."""
         peer = self._by_transport.pop(transport_id, None)

@@ -132,6 +132,13 @@ class PrefillSide:
             self._book.count("send:parked")
             tell(address, wire.Parked(incarnation, tid))
 
+    def give_up(self, meta: StepMeta, reason: str) -> None:
+        """This engine sends nothing any more: what was announced is taken back."""
+        for prefill in self._requests.values():
+            if prefill.announced and not prefill.done:
+                meta.withdrawals.append((prefill.transfer_id, reason))
+            prefill.done = True
+
     def finished(self, request: Any, meta: StepMeta) -> bool:
         """The request has ended; True: keep its blocks until the workers report finished_sending."""
         prefill = self._requests.pop(request.request_id)

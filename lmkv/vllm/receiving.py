@@ -107,6 +107,20 @@ class Receiving:
         for tid in tids:
             self.handle(ev.Abandon(tid), now_s)
 
+    def fail(self, tid: TransferId, expect: ExpectSpec | None, reason: str) -> None:
+        """The transfer is reported as failed, whatever the machine knows of it. `expect`: the grant to be reported if
+        it has not got so far. Its blocks stay in quarantine, unless the machine tells that nothing lands in them any
+        more."""
+        specs = [spec for key, spec in self._specs.items() if key[0] == tid]
+        if not specs and expect is not None and (tid, expect.epoch) not in self._over:
+            specs = [expect]
+        for spec in specs:
+            key = (tid, spec.epoch)
+            self._specs.pop(key, None)
+            self._traces.pop(key, None)
+            self._over[key] = None
+            self._reports.append(RankReport(tid, spec.request_id, ev.ReceiveOutcome.FAILED.value, False, reason))
+
     def note_came(self, peer: ev.Peer, note: wire.WriteNote | wire.SealNote, now_s: float) -> None:
         tid, key = note.transfer_id, (note.transfer_id, note.epoch)
         if key not in self._specs and key not in self._over:
@@ -216,6 +230,8 @@ class Receiving:
 
     def _report(self, action: ev.Report, now_s: float) -> None:
         tid, key = action.transfer_id, (action.transfer_id, action.epoch)
+        if key not in self._specs:
+            return  # `fail` has reported it
         spec, trace = self._specs.pop(key), self._traces.pop(key)
         self._over[key] = None
         while len(self._over) > _REMEMBERED:

@@ -85,6 +85,8 @@ class SchedulerSide:
         self._sides: dict[str, PrefillSide | DecodeSide] = {}
         self._pool: PoolSide | None = None
         self._sources = Sources(self._decode, None)
+        self._broken = ""
+        """Why this engine moves no KV any more."""
 
     def _listen_of(self, parallel: Any) -> str:
         """Each data-parallel engine listens on its own port."""
@@ -208,6 +210,8 @@ class SchedulerSide:
 
     def new_request(self, request: Any) -> None:
         self._look_for_reset()
+        if self._broken:
+            return
         if self._pool is not None:
             self._pool.new_request(request, is_approximate(request.kv_transfer_params))
         params = request_params(request.kv_transfer_params)
@@ -223,6 +227,8 @@ class SchedulerSide:
             self._endpoint.pair(params.peer_address)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        if self._broken:
+            return 0, False
         return self._sources.matched_tokens(
             request, computed_tokens, self._sides.get(request.request_id) is self._decode
         )
@@ -244,6 +250,10 @@ class SchedulerSide:
         meta = output.kv_connector_worker_meta
         if not isinstance(meta, WorkerMeta):
             return
+        if meta.broken:
+            self._break(meta.broken)
+        for kind, count in meta.failures.items():
+            self.book.count(f"failure:{kind}", count)
         for ledger in meta.ledgers:
             tid = ledger.pop("transfer_id")
             self.book.add_rank(tid, ledger)
@@ -253,6 +263,18 @@ class SchedulerSide:
             self._pool.take(meta.loads, meta.counted)
         for report in meta.reports:
             self._decode.reported(report)
+
+    def _break(self, reason: str) -> None:
+        """A rank can move nothing any more: this engine computes everything itself from now on."""
+        if self._broken:
+            return
+        self._broken = reason
+        logger.error("this engine moves no KV any more, and computes every prompt itself: %s", reason)
+        self.book.count("broken")
+        self._endpoint.refuse_all(reason)
+        self._prefill.give_up(self._meta, reason)
+        if self._pool is not None:
+            self._pool.give_up()
 
     def finished(self, request: Any) -> bool:
         """True: vLLM keeps the blocks until finished_sending."""

@@ -32,6 +32,8 @@ from .trace import facts
 logger = logging.getLogger(__name__)
 
 _EARLY_TRANSFERS = 1024
+_EARLY_SLOTS = 1024
+"""Of one transfer, credited before its grant; decode lends a few to each writer."""
 
 
 class Sending:
@@ -211,13 +213,18 @@ class Sending:
         for rank in ranks:
             self._answer(ev.Peer(grant.incarnation, rank), failed)
 
+    def _hold_early(self, credit: wire.Credit) -> None:
+        held = self._early_credits.setdefault(credit.transfer_id, [])
+        if sum(1 + len(early.slots) for early in held) + len(credit.slots) < _EARLY_SLOTS:
+            held.append(credit)
+        while len(self._early_credits) > _EARLY_TRANSFERS:
+            self._early_credits.popitem(last=False)
+
     def credit_came(self, credit: wire.Credit, now_s: float) -> None:
         """Grants come from decode's engine, credits from its ranks: either may be first."""
         source = self._sources.get(credit.transfer_id)
         if source is None or (credit.incarnation, credit.epoch) not in source.grants:
-            self._early_credits.setdefault(credit.transfer_id, []).append(credit)
-            while len(self._early_credits) > _EARLY_TRANSFERS:
-                self._early_credits.popitem(last=False)
+            self._hold_early(credit)
             return
         lane = source.fan.lane(credit.rank)
         peer = ev.Peer(credit.incarnation, credit.rank)
@@ -256,6 +263,11 @@ class Sending:
 
     def deadline_s(self) -> float | None:
         return self._machine.next_deadline_s()
+
+    def transfer_of_op(self, op: OpId) -> TransferId | None:
+        """The transfer that posted it."""
+        posted = self._ops.get(op)
+        return transfer_of(posted[0]) if posted is not None else None
 
     def in_flight(self, tid: TransferId) -> int:
         """Writes of the transfer, to whatever rank, whose end is not known."""

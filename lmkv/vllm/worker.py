@@ -245,6 +245,7 @@ class WorkerSide:
         self._news.ledgers += taken.ledgers
         self._news.loads += taken.loads
         self._news.counted += taken.counted
+        self._news.failures += taken.failures
         sent = {r for r in self._ended if r not in self._reportable - self._sent and not self._pooled.is_packing(r)}
         self._sent -= sent
         self._ended -= sent
@@ -276,6 +277,8 @@ class WorkerSide:
     def worker_meta(self) -> WorkerMeta | None:
         """Reports and ledgers collected by `results` in this step."""
         news, self._news = self._news, Results()
-        if not (news.reports or news.ledgers or news.loads or news.counted):
+        is_broken = self._loop is not None and not self._loop.alive
+        broken = f"the worker loop of rank {self._rank} has failed; its log has more" if is_broken else ""
+        if not (news or broken):
             return None
-        return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted)
+        return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted, news.failures, broken)

@@ -6,6 +6,7 @@ performs the actions they return. Nobody else touches what it owns.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter, deque
@@ -13,13 +14,14 @@ from collections.abc import Sequence
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
+from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.control.wake import has_mail
 from lmkv.errors import PeerLostError, StateError, WireError
 from lmkv.ids import Rank, TransferId
 from lmkv.transfer import events as ev
-from lmkv.transport import Completion, Notification, OpId, PeerId, PeerLost, Transport
+from lmkv.transport import Completion, Event, Notification, OpId, PeerId, PeerLost, Transport
 
 from .commands import (
     Abandoned,
@@ -37,7 +39,9 @@ from .commands import (
     StepDone,
     Stored,
     Withdrawn,
+    split,
 )
+from .failures import Failures
 from .memory import KvMemory
 from .pal import REMOTE_DRAIN_S, Loss
 from .peers import Peers
@@ -83,6 +87,8 @@ class WorkerLoop:
         self._outbox = Outbox(self._context, watch=True)
         self._commands: deque[Command] = deque()
         self._results = Results()
+        self._guard = Guard(f"worker loop {rank}", runtime.caught)
+        self._is_over = False
         self._results_lock = threading.Lock()
         self._has_results = threading.Event()
         self._fences: list[Preempted] = []
@@ -98,6 +104,14 @@ class WorkerLoop:
         self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone, self._holds)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
+        self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
+        self._ticks = [
+            ("peers", self._peers.tick),
+            ("data plane", self._replace_data_plane),
+            ("sending", self._sending.tick),
+            ("receiving", self._receiving.tick),
+            *([("pool", pool.tick)] if pool is not None else []),
+        ]
         self._export: bytes | None = None
         self._runner = runtime.runner(f"lmkv-writer-{rank}", self)
 
@@ -114,15 +128,18 @@ class WorkerLoop:
 
     @property
     def alive(self) -> bool:
-        return self._runner.alive
+        return self._runner.alive and not self._is_over
 
     def start(self) -> None:
         """Raises what went wrong in registering (TransportError)."""
         self._runner.start()
 
     def submit(self, command: Command) -> None:
+        """After the loop's death nothing is kept, and nobody waits: see `alive`."""
         self._commands.append(command)
         self._runner.wake()
+        if self._is_over:
+            self._let_go()
 
     def revoke(self, transfer_ids: tuple[TransferId, ...]) -> None:
         """Their blocks are overwritten from now on, although writes may still read them: the transfers fail for good,
@@ -132,7 +149,7 @@ class WorkerLoop:
 
     def take(self, wait_s: float = 0.0) -> Results:
         """What has ended since the last call; waits so long for something to end."""
-        if wait_s:
+        if wait_s and self.alive:
             self._runtime.wait(self._has_results, wait_s)
         with self._results_lock:
             results, self._results = self._results, Results()
@@ -161,12 +178,30 @@ class WorkerLoop:
         self._export = self._transport.export()
 
     def end(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
-        self._transport.abort()
-        self._outbox.close()
-        self._inbox.close()
-        self._context.term()
+        self._is_over = True
+        with contextlib.ExitStack() as closing:  # whatever fails, the rest is closed
+            closing.callback(self._let_go)
+            closing.callback(self._context.term)
+            closing.callback(self._inbox.close)
+            closing.callback(self._outbox.close)
+            closing.callback(self._transport.abort)
+            if self._pool is not None:
+                closing.callback(self._pool.close)
+
+    def _let_go(self) -> None:
+        """Nobody of the engine waits for what will not be done. Nothing is read from its blocks any more."""
+        self._stored.set()
+        self._has_results.set()
+        fences, self._fences = self._fences, []
+        for fence in fences:
+            fence.drained.set()
+        while True:
+            try:
+                command = self._commands.popleft()
+            except IndexError:
+                return
+            if isinstance(command, Preempted | Overwritten):
+                command.drained.set()
 
     def turn(self, now_s: float) -> None:
         if self._transport.in_flight == 0:
@@ -174,12 +209,8 @@ class WorkerLoop:
         self._take_letters(now_s)
         self._take_commands(now_s)
         self._take_events(now_s)
-        self._peers.tick(now_s)
-        self._replace_data_plane(now_s)
-        self._sending.tick(now_s)
-        self._receiving.tick(now_s)
-        if self._pool is not None:
-            self._pool.tick(now_s)
+        for name, tick in self._ticks:
+            self._guard.work(name, lambda tick=tick: tick(now_s))  # type: ignore[misc]
         self._publish(now_s)
 
     def descriptors(self) -> Sequence[int] | None:
@@ -218,27 +249,34 @@ class WorkerLoop:
 
     def _take_commands(self, now_s: float) -> None:
         while self._commands and not self._blocked():
-            command = self._commands.popleft()
-            match command:
-                case LayersDone():
-                    self._sending.layers_done(command, now_s)
-                case Ready():
-                    self._sending.ready(command, now_s)
-                case StepDone():
-                    self._sending.step_done(command, now_s)
-                case Offered():
-                    self._sending.offered(command.offers, now_s)
-                case Withdrawn():
-                    self._sending.withdrawn(command.withdrawals, now_s)
-                case Expected():
-                    self._receiving.expected(command.expects, now_s)
-                case Abandoned():
-                    self._receiving.abandoned(command.transfer_ids, now_s)
-                case Preempted():
-                    self._sending.preempted(command.transfer_ids, now_s, command.gave_up)
-                    self._fences.append(command)
-                case _:
-                    self._take_pool_command(command, now_s)
+            for command in split(self._commands.popleft()):
+                self._guard.attempt(
+                    type(command).__name__,
+                    lambda command=command: self._take_command(command, now_s),  # type: ignore[misc]
+                    lambda command=command: self._failures.command(command, now_s),  # type: ignore[misc]
+                )
+
+    def _take_command(self, command: Command, now_s: float) -> None:
+        match command:
+            case LayersDone():
+                self._sending.layers_done(command, now_s)
+            case Ready():
+                self._sending.ready(command, now_s)
+            case StepDone():
+                self._sending.step_done(command, now_s)
+            case Offered():
+                self._sending.offered(command.offers, now_s)
+            case Withdrawn():
+                self._sending.withdrawn(command.withdrawals, now_s)
+            case Expected():
+                self._receiving.expected(command.expects, now_s)
+            case Abandoned():
+                self._receiving.abandoned(command.transfer_ids, now_s)
+            case Preempted():
+                self._fences.append(command)
+                self._sending.preempted(command.transfer_ids, now_s, command.gave_up)
+            case _:
+                self._take_pool_command(command, now_s)
 
     def _take_pool_command(self, command: Command, now_s: float) -> None:
         assert self._pool is not None, "the engine side sends these only where there is a pool"
@@ -257,47 +295,66 @@ class WorkerLoop:
     def _take_letters(self, now_s: float) -> None:
         for letter in self._inbox.receive():
             message = letter.message
-            match message:
-                case wire.Beat():
-                    peer = self._peers.heard(message, now_s)
-                    if peer is not None:
-                        self._sending.handle(ev.Heard(peer), now_s)
-                        self._receiving.handle(ev.Heard(peer), now_s)
-                case wire.Grant():
-                    self._sending.grant_came(message, now_s)
-                case wire.NotNeeded():
-                    self._sending.not_needed_came(message, now_s)
-                case wire.Credit():
-                    self._sending.credit_came(message, now_s)
-                case wire.Cancel():
-                    self._sending.cancel_came(message, now_s)
-                case wire.Cancelled() | wire.Failed():
-                    self._receiving.answer_came(message, now_s)
-                case wire.Introduce():
-                    self._peers.introduce(message, now_s)
-                case wire.Dismiss():
-                    self._peers.dismiss(message.incarnation, message.dead)
-                case wire.PoolName() if self._pool is not None:
-                    self._pool.named(message)
-                case _:
-                    logger.warning("a worker does not take %s", type(message).__name__)
+            self._guard.attempt(
+                type(message).__name__,
+                lambda message=message: self._take_letter(message, now_s),  # type: ignore[misc]
+                lambda message=message: self._failures.letter(message),  # type: ignore[misc]
+                str(getattr(message, "incarnation", "")),
+            )
+
+    def _take_letter(self, message: wire.Control, now_s: float) -> None:
+        match message:
+            case wire.Beat():
+                peer = self._peers.heard(message, now_s)
+                if peer is not None:
+                    self._sending.handle(ev.Heard(peer), now_s)
+                    self._receiving.handle(ev.Heard(peer), now_s)
+            case wire.Grant():
+                self._sending.grant_came(message, now_s)
+            case wire.NotNeeded():
+                self._sending.not_needed_came(message, now_s)
+            case wire.Credit():
+                self._sending.credit_came(message, now_s)
+            case wire.Cancel():
+                self._sending.cancel_came(message, now_s)
+            case wire.Cancelled() | wire.Failed():
+                self._receiving.answer_came(message, now_s)
+            case wire.Introduce():
+                self._peers.introduce(message, now_s)
+            case wire.Dismiss():
+                self._peers.dismiss(message.incarnation, message.dead)
+            case wire.PoolName() if self._pool is not None:
+                self._pool.named(message)
+            case _:
+                logger.warning("a worker does not take %s", type(message).__name__)
 
     def _take_events(self, now_s: float) -> None:
-        for event in self._transport.poll():
-            match event:
-                case Completion(op, error):
-                    self._ended_s = now_s
-                    self._transport.release(op)
-                    if self._peers.completed(op, error, now_s):
-                        continue
-                    if self._pool is None or not self._pool.completed(op, error, now_s):
-                        self._sending.completed(op, error, now_s)
-                case Notification(transport_id, payload):
-                    self._take_note(transport_id, payload, now_s)
-                case PeerLost(transport_id, reason):
-                    if self._pool is not None and self._pool.peer_lost(transport_id, reason):
-                        continue
-                    self._peers.transport_lost(transport_id, reason)
+        events: list[Event] = []
+        self._guard.work("poll", lambda: events.extend(self._transport.poll()))
+        for event in events:
+            tid = self._sending.transfer_of_op(event.op) if isinstance(event, Completion) else None
+            self._guard.attempt(
+                type(event).__name__,
+                lambda event=event: self._take_event(event, now_s),  # type: ignore[misc]
+                lambda event=event, tid=tid: self._failures.event(event, tid, now_s),  # type: ignore[misc]
+                "" if isinstance(event, Completion) else event.peer,
+            )
+
+    def _take_event(self, event: Event, now_s: float) -> None:
+        match event:
+            case Completion(op, error):
+                self._ended_s = now_s
+                self._transport.release(op)
+                if self._peers.completed(op, error, now_s):
+                    return
+                if self._pool is None or not self._pool.completed(op, error, now_s):
+                    self._sending.completed(op, error, now_s)
+            case Notification(transport_id, payload):
+                self._take_note(transport_id, payload, now_s)
+            case PeerLost(transport_id, reason):
+                if self._pool is not None and self._pool.peer_lost(transport_id, reason):
+                    return
+                self._peers.transport_lost(transport_id, reason)
 
     def _take_note(self, transport_id: PeerId, payload: bytes, now_s: float) -> None:
         peer = self._peers.peer_of(transport_id)
@@ -355,11 +412,13 @@ class WorkerLoop:
         self._fences = [fence for fence in self._fences if not fence.drained.is_set()]
         sent, sent_ledgers = self._sending.take()
         reports, received_ledgers = self._receiving.take()
-        fresh = Results(sent, reports, sent_ledgers + received_ledgers)
+        fresh = Results(sent, reports, sent_ledgers + received_ledgers, failures=self._guard.take_counts())
         if self._pool is not None:
+            fresh.failures += self._pool.guard.take_counts()
             fresh.loads = self._pool.take_reports()
             fresh.packed = self._pool.take_packed()
             fresh.counted = self._pool.take_counters(now_s) or Counter()
+        fresh.add(self._failures.take())
         if self._pool is not None and self._pool.idle and not self._commands:
             self._stored.set()
         else:

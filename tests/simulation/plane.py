@@ -7,7 +7,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from lmkv.transport import Extents, Notification, OpId, PeerId
 from lmkv.transport.inproc import InprocTransport
-from tests.simulation.mail import Network
+from tests.simulation.network import Network
 
 
 class SteppedPlane(InprocTransport):

@@ -11,7 +11,8 @@ import pytest
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from tests.simulation.mail import Network, VirtualContext
+from tests.simulation.mail import VirtualContext
+from tests.simulation.network import Network
 from tests.simulation.virtual import VirtualClock
 
 DEADLINE_S = 10.0

@@ -14,7 +14,8 @@ from typing import Any
 from lmkv.control.runtime import START_S, Part, Runtime
 from lmkv.transport import Transport, open_transport
 from tests.simulation.hosts import Offers, VirtualHost
-from tests.simulation.mail import Network, VirtualContext
+from tests.simulation.mail import VirtualContext
+from tests.simulation.network import Network
 from tests.simulation.plane import SteppedPlane
 
 logger = logging.getLogger(__name__)
@@ -111,6 +112,8 @@ class SteppedRunner:
             self._end()
         elif self.alive:
             self._plan()
+        if self.world.raises and self.world.caught:
+            raise self.world.caught[0][1]
 
     def _plan(self) -> None:
         world = self.world
@@ -219,6 +222,7 @@ class Process:
             background=lambda title, function: _Once(world, self, title, function),
             lane=lambda title: SteppedLane(world, self, title),
             wait=world.wait,
+            caught=world.note_caught,
             host=VirtualHost(world.offers, host, name),
         )
 
@@ -258,7 +262,8 @@ class SteppedRuntime:
     """The world: its processes, its network, its time. Everything that is drawn comes from `seed`."""
 
     def __init__(self, seed: int = 0, *, raises: bool = True, traced: int = 0) -> None:
-        """`raises`: a part that fails fails the test, else its runner keeps the `error`. `traced`: keep the names of
+        """`raises`: a part that fails, or has caught a failure, fails the test; otherwise they are kept (`error` of the
+        runner, `caught`). `traced`: keep the names of
         so many last turns in `trace`."""
         self.seed = seed
         self.raises = raises
@@ -274,6 +279,8 @@ class SteppedRuntime:
         """A job of a lane (a page written to disk, or read) takes up to so long."""
         self.trace: deque[tuple[float, str, str]] = deque(maxlen=traced)
         """(time, process, part) of turns."""
+        self.caught: list[tuple[str, Exception]] = []
+        """Failures that a Guard of lmkv has caught: bugs that real processes survive."""
         self.processes: dict[str, Process] = {}
         self._lives: dict[str, int] = {}
         self._runners: list[SteppedRunner] = []
@@ -284,6 +291,9 @@ class SteppedRuntime:
         self._ready: list[SteppedRunner] = []
         self._watchers: dict[int, SteppedRunner] = {}
         self.network.notice = self._notice
+
+    def note_caught(self, what: str, error: Exception) -> None:
+        self.caught.append((what, error))
 
     # --- processes ---
 

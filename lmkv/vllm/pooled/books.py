@@ -68,8 +68,8 @@ class PoolBooks:
             self._loaded(report)
 
     def _loaded(self, report: LoadReport) -> None:
-        spec = self._loads.pop(report.request_id)
-        if report.good >= spec.tokens[1]:
+        spec = self._loads.pop(report.request_id, None)
+        if spec is None or report.good >= spec.tokens[1]:
             return
         if len(self._block_tokens) > 1:
             # Block ids are unique within a group only: vLLM can but forget the whole load.

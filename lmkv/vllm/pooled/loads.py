@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lmkv.control.guard import Guard
 from lmkv.errors import LmkvError, TransportError
 from lmkv.hashing import page_key
 from lmkv.ids import Incarnation, RequestId
@@ -62,7 +63,7 @@ class _Read:
 
 class Loads:
     """`find(incarnation)` is the ready access of a node; `clock` the monotonic time, for leases. `fetch`: nodes of
-    other hosts write into staging; otherwise it reads from there."""
+    other hosts write into staging; otherwise it reads from there. `guard` is the loop's."""
 
     def __init__(
         self,
@@ -72,8 +73,10 @@ class Loads:
         arena: Callable[[NodeAccess], torch.Tensor],
         counters: Counter[str],
         clock: Callable[[], float],
+        guard: Guard,
         fetch: bool = False,
     ) -> None:
+        self._guard = guard
         self._shares = shares
         self._staging = staging
         self._find = find
@@ -122,7 +125,13 @@ class Loads:
                 # What is in flight lands in staging only, so the blocks are vLLM's at once.
                 self._cut(load, load.next, "late", at_once=True)
             elif self._workable(load):
-                self._advance(load)
+                first = load.next
+                self._guard.attempt(
+                    "load",
+                    lambda load=load: self._advance(load),  # type: ignore[misc]
+                    lambda load=load, first=first: self._cut(load, first, "failed"),  # type: ignore[misc]
+                    f"node {load.spec.pages[first].node}",
+                )
             self._end_if_over(load)
 
     def _workable(self, load: _Load) -> bool:
@@ -138,6 +147,7 @@ class Loads:
         if access is None:
             self._cut(load, first, "node_lost")
             return
+        first = load.next
         try:
             if access.reach is Reach.LOCAL:
                 self._unpack_here(load, access)
@@ -185,7 +195,7 @@ class Loads:
         try:
             here = self._staging.rows(tables)
             op = self._fetched(load, access, lo, hi, here) if self._fetch else access.read(here, rows)
-        except TransportError:
+        except BaseException:
             self._staging.give_back(slots)
             raise
         load.next, load.flying = hi, load.flying + 1
@@ -212,11 +222,11 @@ class Loads:
                 [self._staging.offset(slot) for slot in read.slots[group * whole : (group + 1) * whole]]
                 for group in range(len(self._shares.groups))
             ]
-            try:
-                self._unpack(load, read.lo, read.hi, self._staging.data, places)
-            except LmkvError as failed:
-                logger.warning("pages of %s cannot be unpacked: %s", load.spec.pages[read.lo].node, failed)
-                self._cut(load, read.lo, "failed")
+            self._guard.attempt(
+                "load:unpack",
+                lambda: self._unpack(load, read.lo, read.hi, self._staging.data, places),
+                lambda: self._cut(load, read.lo, "failed"),
+            )
         self._staging.give_back(read.slots)
         self._end_if_over(load)
         return True

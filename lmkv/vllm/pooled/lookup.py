@@ -7,10 +7,11 @@ known when its time is over; pins that come later are given back.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -18,6 +19,7 @@ import zmq
 
 from lmkv import poolwire as pw
 from lmkv.config import ConnectorSettings
+from lmkv.control.guard import Guard
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.hashing import page_key
 from lmkv.ids import ENGINE_RANK, Incarnation
@@ -96,6 +98,8 @@ class Lookups:
         self._names: deque[tuple[bytes, str]] = deque()
         self._open: list[Lookup] = []
         self._incarnation = Incarnation("")
+        self._guard = Guard("lookups", runtime.caught)
+        self._is_over = False
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._directory: Directory | None = None
         self._runner = runtime.runner("lmkv-lookups", self)
@@ -108,7 +112,7 @@ class Lookups:
 
     def declare(self, namespace: bytes, description: str) -> None:
         self._names.append((namespace, description))
-        self._runner.wake()
+        self._tell()
 
     def usable(self, nodes: dict[Incarnation, bool]) -> None:
         """What all ranks can load from, and whether they map it."""
@@ -116,8 +120,8 @@ class Lookups:
 
     @property
     def reachable(self) -> bool:
-        """There is a node that all ranks can load from."""
-        return bool(self._usable)
+        """There is a node that all ranks can load from, and a thread that asks it."""
+        return bool(self._usable) and not self._is_over
 
     def is_mapped(self, lookup: Lookup) -> bool:
         """All its pages lie in memory that all ranks map."""
@@ -130,13 +134,13 @@ class Lookups:
         until_s = now_s + (wait_s + 0.1 if wait_s else own.lookup_ms / 1e3)
         lookup = Lookup(namespace, keys, now_s, until_s, own.load_s + wait_s + LEASE_MORE_S, first, wait_s)
         self._asked.append(lookup)
-        self._runner.wake()
+        self._tell()
         return lookup
 
     def corrupt(self, namespace: bytes, pages: Sequence[PageSource]) -> None:
         """Tell their nodes, as long as the leases are held: call `release` afterwards."""
         self._corrupt += [(namespace, page) for page in pages]
-        self._runner.wake()
+        self._tell()
 
     def abandon(self, lookup: Lookup) -> None:
         """Nobody wants it any more, done or not."""
@@ -147,7 +151,13 @@ class Lookups:
     def release(self, leases: list[Lease]) -> None:
         """Twice is once."""
         self._released += leases
+        self._tell()
+
+    def _tell(self) -> None:
+        """There is something to do; nothing of it is kept once nobody does it."""
         self._runner.wake()
+        if self._is_over:
+            self._let_go()
 
     def close(self) -> None:
         self._runner.stop()
@@ -162,15 +172,26 @@ class Lookups:
         self._directory = Directory(self._context, me, own.pool, own.controller, use_arenas=False)
 
     def turn(self, now_s: float) -> None:
-        directory = self._nodes
+        directory, guard = self._nodes, self._guard
         while self._names:
-            directory.declare(*self._names.popleft())
-        directory.tick(now_s)
-        self._give_back(directory)
+            name = self._names.popleft()
+            guard.attempt("name", lambda name=name: directory.declare(*name))  # type: ignore[misc]
+        guard.work("nodes", lambda: directory.tick(now_s))
+        guard.attempt("release", lambda: self._give_back(directory))
         while self._asked:
-            self._begin(directory, self._asked.popleft())
+            lookup = self._asked.popleft()
+            self._attempt(lookup, lambda lookup=lookup: self._begin(directory, lookup))  # type: ignore[misc]
         for lookup in [lookup for lookup in self._open if now_s > lookup.until_s]:
-            self._plan(directory, lookup, late=True)
+            self._attempt(lookup, lambda lookup=lookup: self._plan(directory, lookup, late=True))  # type: ignore[misc]
+
+    def _attempt(self, lookup: Lookup, step: Callable[[], None]) -> None:
+        """A lookup that a bug has met finds nothing."""
+
+        def fail() -> None:
+            lookup.pages.clear()
+            self._finish(lookup, "failed")
+
+        self._guard.attempt("lookup", step, fail)
 
     def next_s(self, now_s: float) -> float:
         """Whole milliseconds, so that what comes meanwhile is seen (`wait` sleeps shorter ones)."""
@@ -184,13 +205,32 @@ class Lookups:
         return self._nodes.fds
 
     def end(self) -> None:
+        self._is_over = True
+        with contextlib.ExitStack() as closing:  # whatever fails, the rest is closed
+            closing.callback(self._let_go)
+            if self._context is not None:
+                closing.callback(self._context.term)
+            if self._directory is not None:
+                closing.callback(self._directory.close)
+                closing.callback(self._give_back, self._directory)
+            closing.callback(self._finish_open)
+
+    def _finish_open(self) -> None:
         for lookup in list(self._open):
             self._finish(lookup, "closed")
-        if self._directory is not None:
-            self._give_back(self._directory)
-            self._directory.close()
-        if self._context is not None:
-            self._context.term()
+
+    def _let_go(self) -> None:
+        """Nobody waits for what is not looked up any more. Leases that cannot be given back run out."""
+        self._released.clear()
+        self._corrupt.clear()
+        self._names.clear()
+        self._finish_open()
+        while True:
+            try:
+                lookup = self._asked.popleft()
+            except IndexError:
+                return
+            self._finish(lookup, "closed")
 
     @property
     def _nodes(self) -> Directory:
@@ -337,11 +377,12 @@ class Lookups:
 
     def _finish(self, lookup: Lookup, why: str) -> None:
         lookup.why = why
-        if lookup in self._open:
+        with contextlib.suppress(ValueError):  # (at the end two threads may finish it)
             self._open.remove(lookup)
         lookup.done.set()
         if lookup.abandoned:
-            self.release(lookup.leases)
+            self._released += lookup.leases
+            self._runner.wake()
 
     def _page_keys(self, lookup: Lookup, lo: int, hi: int) -> bytes:
         return b"".join(page_key(key, group) for key in lookup.keys[lo:hi] for group in range(self._groups))

@@ -11,6 +11,7 @@ import torch
 import zmq
 
 from lmkv.config import ConnectorSettings
+from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Outbox
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import LayoutError, TransportError
@@ -71,6 +72,7 @@ class PoolRank:
         self, settings: ConnectorSettings, rank: Rank, shares: Shares, staging: Staging, runtime: Runtime = THREADS
     ) -> None:
         self._runtime = runtime
+        self.guard = Guard(f"pool of rank {rank}", runtime.caught)
         self._settings = settings
         self._rank = rank
         self._shares = shares
@@ -103,7 +105,7 @@ class PoolRank:
             maps = self._staging.in_host_memory
             self._directory = Directory(self._context, me, settings.pool, settings.controller, map_arenas=maps)
             self._stores = Stores(
-                message.incarnation, self._rank, self._shares, self._staging, self._arena, self._counters
+                message.incarnation, self._rank, self._shares, self._staging, self._arena, self._counters, self.guard
             )
             fetch = settings.remote_load == "push"
             self._loads = Loads(
@@ -113,6 +115,7 @@ class PoolRank:
                 self._arena,
                 self._counters,
                 self._runtime.clock,
+                self.guard,
                 fetch,
             )
         self._directory.declare(namespace_of(message.description), message.description)

@@ -318,6 +318,13 @@ class PoolSide:
         self._lookups.release(pooled.leases)
         pooled.leases = []
 
+    def give_up(self) -> None:
+        """This engine loads and stores nothing any more."""
+        for pooled in self._requests.values():
+            pooled.storable = False
+            if pooled.loading is None:
+                self._let_go(pooled)
+
     def finished(self, request: Any) -> bool:
         """The request has ended. True: its blocks stay until the workers report it as sent."""
         pooled = self._requests.pop(request.request_id, None)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lmkv import poolwire as pw
+from lmkv.control.guard import Guard
 from lmkv.errors import LmkvError, TransportError
 from lmkv.hashing import page_key
 from lmkv.ids import Incarnation, Rank, RequestId
@@ -83,7 +84,7 @@ class _Write:
 
 
 class Stores:
-    """`arena(access)` gives the mapped arena of a LOCAL node as a tensor."""
+    """`arena(access)` gives the mapped arena of a LOCAL node as a tensor. `guard` is the loop's."""
 
     def __init__(
         self,
@@ -93,7 +94,9 @@ class Stores:
         staging: Staging,
         arena: Callable[[NodeAccess], torch.Tensor],
         counters: Counter[str],
+        guard: Guard,
     ) -> None:
+        self._guard = guard
         self._writer = (incarnation, rank)
         self._shares = shares
         self._staging = staging
@@ -186,6 +189,18 @@ class Stores:
         job = next((job for job in self._ready if self._workable(job)), None)
         if job is None:
             return
+        self._guard.attempt(
+            "store",
+            lambda: self._advance(job, now_s),
+            lambda: self._failed(job, now_s),
+            f"node {job.node}",
+        )
+
+    def _failed(self, job: _Job, now_s: float) -> None:
+        if job in self._ready:
+            self._give_up(job, "failed", now_s)
+
+    def _advance(self, job: _Job, now_s: float) -> None:
         if job.access.incarnation != job.node:
             self._give_up(job, "node_lost", now_s)
             return
@@ -223,15 +238,11 @@ class Stores:
         slots = self._staging.take(len(batch), for_store=True)
         batch = batch[: len(slots)]
         share = self._shares.groups[job.group]
-        try:
-            sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
-        except LmkvError:
-            self._staging.give_back(slots)
-            raise
         rows = [(slot.offset + share.offset_bytes, size) for _, slot in batch]
         try:
+            sums = self._pack(job, batch, self._staging.data, [self._staging.offset(slot) for slot in slots])
             op = job.access.write(self._staging.extents(slots, size), rows)
-        except TransportError:
+        except BaseException:
             self._staging.give_back(slots)
             raise
         self._writes[op] = _Write(job, batch, sums, slots)
