@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import zmq
 
+from lmkv.addresses import split_address
 from lmkv.errors import PoolError, WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import (
@@ -31,8 +32,6 @@ from lmkv.poolwire import (
     decode,
     encode,
 )
-
-from .mailbox import split_address
 
 ASK_S = 2.0
 DRAIN_S = 120.0

@@ -18,7 +18,7 @@ import zmq
 import zmq.asyncio
 
 from lmkv import wire
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
 from lmkv.errors import LmkvError, WireError
 from lmkv.ids import TransferId
 

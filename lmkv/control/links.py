@@ -9,11 +9,10 @@ from collections.abc import Iterator
 
 import zmq
 
+from lmkv.addresses import split_address
 from lmkv.errors import WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import Events, NodeCard, PoolMessage, decode, encode
-
-from .mailbox import split_address
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import zmq
 
 from lmkv import poolwire as pw
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
 from lmkv.errors import WireError
 
 logger = logging.getLogger(__name__)

@@ -19,8 +19,9 @@ from pathlib import Path
 import zmq
 
 from lmkv import poolwire as pw
+from lmkv.addresses import join_address, split_address
 from lmkv.control.etcd import EtcdMembership
-from lmkv.control.mailbox import split_address
+from lmkv.control.mailbox import make_context
 from lmkv.control.wake import Wake, wait
 from lmkv.errors import ConfigError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
@@ -34,7 +35,7 @@ from .index import PoolIndex, Writer
 from .leases import Leases
 from .memory import ArenaMemory, give, host_id, listen_for_sharers
 from .policy import make_policy
-from .publisher import Publisher, control_url
+from .publisher import Publisher
 from .pushing import Pushing
 from .settings import NodeSettings, default_share
 from .tiering import Tiering, TierSettings
@@ -88,7 +89,7 @@ class PoolNode:
             Arena(capacity_bytes), lambda: make_policy(settings.policy), settings.write_lease_s, _fresh()
         )
         counters = self._index.counters
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = make_context()
         self._ending.callback(self._context.destroy, linger=200)
         self._router, host = self._bind()
         self._publisher = Publisher(self._context, host, settings.advertise, self._index)
@@ -137,11 +138,11 @@ class PoolNode:
 
     def _card(self, host: str, share: str) -> pw.NodeCard:
         settings = self._settings
-        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)
         return pw.NodeCard(
             settings.name or f"pool-{socket.gethostname()}-{port}",
             self._incarnation,
-            control_url(settings.advertise or host, port),
+            join_address(settings.advertise or host, port),
             self._publisher.address,
             settings.transport.split(":")[0] if self._transport else "",
             self._transport.export() if self._transport else b"",
@@ -155,7 +156,7 @@ class PoolNode:
     # --- opening ---
 
     def _bind(self) -> tuple[zmq.Socket[bytes], str]:
-        host, port = split_address(self._settings.listen)
+        host, port = split_address(self._settings.listen, listen=True)
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 200)
         router.setsockopt(zmq.IPV6, 1)
@@ -163,7 +164,7 @@ class PoolNode:
         router.setsockopt(zmq.SNDHWM, 16384)
         router.setsockopt(zmq.MAXMSGSIZE, MOST_MESSAGE_BYTES)
         try:
-            router.bind(control_url(host, port or "*"))
+            router.bind(join_address(host, port or "*"))
         except zmq.ZMQError as error:
             router.close()
             raise ConfigError(

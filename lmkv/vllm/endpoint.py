@@ -14,7 +14,8 @@ from collections.abc import Callable
 import zmq
 
 from lmkv import wire
-from lmkv.control.mailbox import Inbox, Letter, Outbox
+from lmkv.addresses import problem
+from lmkv.control.mailbox import Inbox, Letter, Outbox, make_context
 from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, ToWorkers
 from lmkv.control.wake import Wake
 from lmkv.obs.ledger import LedgerBook
@@ -25,13 +26,15 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _WANTED_FOR_S = 60.0
+MOST_WANTED = 4096
+"""Addresses that are sought at a time."""
 
 
 class EngineEndpoint:
     """Binds at construction (raises ConfigError), runs from `start(card)` to `close()`."""
 
     def __init__(self, listen: str, advertise: str, book: LedgerBook) -> None:
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = make_context()
         self._inbox = Inbox(self._context, listen, advertise)
         self._outbox = Outbox(self._context)
         self._book = book
@@ -78,7 +81,7 @@ class EngineEndpoint:
         with self._lock:
             state, reason = self._pairing.state(address)
             card = self._pairing.ready_card(address)
-            if state is not PairState.READY:
+            if state is not PairState.READY and (address in self._wanted or len(self._wanted) < MOST_WANTED):
                 new = address not in self._wanted
                 self._wanted[address] = time.monotonic() + _WANTED_FOR_S
                 if new:
@@ -159,9 +162,7 @@ class EngineEndpoint:
                 case wire.Introduced():
                     actions = pairing.introduced(message.rank, message.incarnation, message.error, now_s)
                 case wire.Meet():
-                    actions = pairing.want(message.address, now_s, (letter.identity, message.token))
-                    if pairing.state(message.address)[0] is PairState.PENDING:
-                        self._wanted[message.address] = now_s + _WANTED_FOR_S
+                    actions = self._meet(pairing, message, letter.identity, now_s)
                 case wire.PoolNodes() | wire.Parked():
                     self._hear_pool(message)
                 case wire.NotNeeded():
@@ -174,6 +175,19 @@ class EngineEndpoint:
                 case _:
                     logger.warning("the engine endpoint does not take %s", type(message).__name__)
         self._do(actions)
+
+    def _meet(self, pairing: Pairing, message: wire.Meet, identity: bytes, now_s: float) -> list[Action]:
+        """With the lock held. Pair with whoever is at an address, unless it is none, or too many are being sought."""
+        wrong = problem(message.address)
+        if not wrong and len(self._wanted) >= MOST_WANTED and message.address not in self._wanted:
+            wrong = f"this engine already seeks {MOST_WANTED} others"
+        if wrong:
+            self._book.count("meet:refused")
+            return [Answer(identity, wire.Met(message.token, "", "", wrong))]
+        actions = pairing.want(message.address, now_s, (identity, message.token))
+        if pairing.state(message.address)[0] is PairState.PENDING:
+            self._wanted[message.address] = now_s + _WANTED_FOR_S
+        return actions
 
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None

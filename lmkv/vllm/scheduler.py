@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import vllm
-import zmq
 
 from lmkv import wire
+from lmkv.addresses import join_address, split_address
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import Outbox, split_address
+from lmkv.control.mailbox import Outbox, make_context
 from lmkv.errors import ConfigError
 from lmkv.hashing import Manifest
 from lmkv.ids import EngineName, make_incarnation
@@ -58,7 +58,7 @@ class SchedulerSide:
         self._meta = StepMeta()
         self.book = LedgerBook()
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book)
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = make_context()
         self._outbox = Outbox(self._context)
         self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book)
         self._decode = DecodeSide(
@@ -77,8 +77,8 @@ class SchedulerSide:
 
     def _listen_of(self, parallel: Any) -> str:
         """Each data-parallel engine listens on its own port."""
-        host, port = split_address(self._settings.listen)
-        return f"tcp://{host}:{port + parallel.data_parallel_rank if port else 0}"
+        host, port = split_address(self._settings.listen, listen=True)
+        return join_address(host, port + parallel.data_parallel_rank if port else 0)
 
     def start(self, workers: dict[int, HandshakeMeta]) -> None:
         """All workers have registered their caches: peers may come as soon as the weights are known."""

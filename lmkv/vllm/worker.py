@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
+from lmkv.addresses import join_address, split_address
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import split_address
 from lmkv.errors import ConfigError
 from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transport import MemoryKind, open_transport
@@ -102,13 +102,13 @@ class WorkerSide:
         if found.kind is MemoryKind.VRAM:
             self._check_times()
             self._fence = _record_cuda_event
-        host, _ = split_address(self._settings.listen)
+        host, _ = split_address(self._settings.listen, listen=True)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
         transport = open_transport(self._settings.transport, f"lmkv-{self._rank}-{os.urandom(8).hex()}")
         pool, self._unpooled = open_pool(self._settings, self._rank, shard.ranks, found, self._kv_cache_config)
         if pool is not None:
             found = self._memory = found.with_region(pool.region)
-        self._loop = WorkerLoop(self._settings, self._rank, transport, found, f"tcp://{host}:{port}", pool)
+        self._loop = WorkerLoop(self._settings, self._rank, transport, found, join_address(host, port), pool)
         self._loop.start()
 
     def _slots(self, device: torch.device) -> memory.SlotMemory | None:

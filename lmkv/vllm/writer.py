@@ -13,11 +13,9 @@ import time
 from collections import Counter, deque
 from concurrent.futures import Future
 
-import zmq
-
 from lmkv import wire
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import Inbox, Outbox
+from lmkv.control.mailbox import Inbox, Outbox, make_context
 from lmkv.control.wake import Wake, wait
 from lmkv.errors import LmkvError, WireError
 from lmkv.ids import Rank
@@ -73,7 +71,7 @@ class WorkerLoop:
     ) -> None:
         self._transport = transport
         self._memory = memory
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context = make_context()
         self._inbox = Inbox(self._context, listen, settings.advertise)
         self._outbox = Outbox(self._context, watch=True)
         self._wake = Wake()
