@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _WANTED_FOR_S = 60.0
-MOST_WANTED = 4096
+MOST_WANTED = 512
 """Addresses that are sought at a time."""
 
 
@@ -52,6 +52,11 @@ class EngineEndpoint:
     @property
     def address(self) -> str:
         return self._inbox.address
+
+    @property
+    def unreadable(self) -> int:
+        """Messages that could not be read, and were dropped."""
+        return self._inbox.unreadable
 
     def start(self, card: wire.EngineCard, peers: tuple[str, ...]) -> None:
         now_s = time.monotonic()
@@ -107,10 +112,10 @@ class EngineEndpoint:
         with self._lock:
             self._stop.set()
         self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
-        else:
+        if self._thread.ident is None:  # never started; a thread that has run has ended what it used
             self._end()
+        else:
+            self._thread.join(timeout=5)
 
     # --- endpoint thread ---
 
