@@ -33,6 +33,8 @@ from lmkv.poolwire import (
     encode,
 )
 
+from .mailbox import MOST_ANSWER_BYTES
+
 ASK_S = 2.0
 DRAIN_S = 120.0
 
@@ -57,6 +59,7 @@ class Admin:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         self._socket.connect(address)
         self._tokens = itertools.count(secrets.randbits(40))
 

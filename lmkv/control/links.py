@@ -14,6 +14,8 @@ from lmkv.errors import WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import Events, NodeCard, PoolMessage, decode, encode
 
+from .mailbox import MOST_ANSWER_BYTES
+
 logger = logging.getLogger(__name__)
 
 _Socket = zmq.Socket[bytes]
@@ -96,6 +98,7 @@ class Links:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         socket.setsockopt(zmq.RCVHWM, _WAITING)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 HIGH_WATER_MESSAGES = 16384
 MOST_MESSAGE_BYTES = 16 << 20
 """A larger message ends the connection that it comes over. A grant of 100,000 blocks has half a megabyte."""
+MOST_ANSWER_BYTES = 64 << 20
+"""Of one answer to a question: the members of 4,096 nodes with their cards have some 10 MB."""
 MOST_SOCKETS = 65536
 
 IDLE_S = 60.0

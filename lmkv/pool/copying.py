@@ -30,6 +30,8 @@ COPY_RANK = Rank(-2)
 JOB_S = 20.0
 PAGES_AT_ONCE = 16
 MOST_JOBS = 256
+MOST_SOURCES = 64
+"""Nodes that are copied from at a time."""
 IDLE_S = 60.0
 
 
@@ -82,7 +84,9 @@ class Copying:
         """`done(pages)` when as many as could be are here (those that were, included)."""
         keys = [message.namespace + key for key in pw.split_keys(message.keys)]
         wanted = [key for key in keys if self._index.find(key) is None]
-        if not wanted or len(self._jobs) >= MOST_JOBS:
+        sources = self._accesses.keys() | {job.source.address for job in self._jobs}
+        crowded = len(sources) >= MOST_SOURCES and message.source.address not in sources
+        if not wanted or len(self._jobs) >= MOST_JOBS or crowded:
             self._counters["copy:refused"] += len(wanted)
             done(len(keys) - len(wanted))
             return

@@ -60,6 +60,7 @@ class Publisher:
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.SNDHWM, 4)
+            socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)  # a controller answers no beat
             socket.setsockopt(zmq.IPV6, 1)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)

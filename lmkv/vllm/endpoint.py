@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _IDLE_S = 1.0
 _WANTED_FOR_S = 60.0
+MOST_UNSENT = 4096
 MOST_WANTED = 512
 """Addresses that are sought at a time."""
 
@@ -42,7 +43,7 @@ class EngineEndpoint:
         self._lock = threading.Lock()
         self._pairing: Pairing | None = None
         self._wanted: dict[str, float] = {}
-        self._to_send: deque[tuple[str, wire.Control]] = deque()
+        self._to_send: deque[tuple[str, wire.Control]] = deque(maxlen=MOST_UNSENT)
         self._stop = threading.Event()
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
         self._closed = "the digest of the weights is not known yet"
@@ -104,7 +105,10 @@ class EngineEndpoint:
         return is_exact(self._pairing.card, card)
 
     def tell(self, address: str, message: wire.Control) -> None:
-        """Send a message that is in no hurry."""
+        """Send a message that is in no hurry. Too many that nobody sends (no pairing yet, or never) are dropped and
+        counted, the oldest first."""
+        if len(self._to_send) == MOST_UNSENT:
+            self._book.count("tell:dropped")
         self._to_send.append((address, message))
         self._wake.set()
 

@@ -19,6 +19,7 @@ import zmq
 
 from lmkv import poolwire as pw
 from lmkv.config import ConnectorSettings
+from lmkv.control.mailbox import make_context
 from lmkv.control.wake import Wake
 from lmkv.hashing import page_key
 from lmkv.ids import ENGINE_RANK, Incarnation
@@ -160,7 +161,7 @@ class Lookups:
     # --- the thread ---
 
     def _run(self) -> None:
-        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        context = make_context()
         own = self._settings
         me = Me(self._incarnation, ENGINE_RANK, self._name)
         directory = self._directory = Directory(context, me, own.pool, own.controller, use_arenas=False)
