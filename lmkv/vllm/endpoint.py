@@ -153,6 +153,7 @@ class EngineEndpoint:
                     del self._wanted[address]
                 else:
                     actions += self._pairing.want(address, now_s)
+            self._pairing.prune()
         self._do(actions)
 
     def _take(self, letter: Letter) -> None:

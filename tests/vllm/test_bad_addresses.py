@@ -13,9 +13,9 @@ import zmq
 from lmkv import poolwire as pw
 from lmkv import wire
 from lmkv.control.controller import Controller, ControllerSettings
-from lmkv.ids import EngineName, Incarnation, Rank
+from lmkv.ids import EngineName, Incarnation, Rank, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.vllm.endpoint import EngineEndpoint
+from lmkv.vllm.endpoint import MOST_UNSENT, MOST_WANTED, EngineEndpoint
 from lmkv.vllm.params import request_params
 from tests.pool.bed import NodeThread
 
@@ -141,11 +141,20 @@ def _run(controller: Controller, problems: list[Exception]) -> None:
 
 def test_an_address_that_is_sought_is_not_sought_without_bound(endpoint: EngineEndpoint, asker: Asker) -> None:
     """Whoever can reach the endpoint can have it seek; it takes so many."""
-    from lmkv.vllm.endpoint import MOST_WANTED
-
     answers: list[Any] = []
     for number in range(MOST_WANTED + 10):
         asker.control(wire.Meet(f"tcp://127.0.0.1:{20000 + number}", str(number)))
     while len(answers) < 10:
         answers.append(wire.decode_control(asker.answer()))
     assert all("already seeks" in met.refused for met in answers)
+
+
+def test_what_nobody_sends_does_not_pile_up() -> None:
+    """An engine that may not pair (its weights are not known) is asked for transfers all the same."""
+    book = LedgerBook()
+    made = EngineEndpoint("tcp://127.0.0.1:0", "", book)
+    made.refuse_all("weights")
+    for number in range(MOST_UNSENT + 7):
+        made.tell("tcp://127.0.0.1:1", wire.NotNeeded(Incarnation("us"), TransferId(f"{number:032}"), "x"))
+    assert len(made._to_send) == MOST_UNSENT and book.counts() == {"tell:dropped": 7}
+    made.close()
