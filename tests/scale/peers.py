@@ -107,7 +107,14 @@ def measure_all(
     targets = {name: make() for name, make in makers(tmp).items() if counts.get(name)}
 
     def run(name: str) -> Growth:
-        targets[name].child.wait_ready()
+        try:
+            targets[name].child.wait_ready()
+            return grown(name)
+        except BaseException as error:
+            print(f"{name}: {error!r}; its log: {targets[name].child.log.read_text()[-2000:]}", file=sys.stderr)
+            raise
+
+    def grown(name: str) -> Growth:
         growth = measure(name, targets[name], counts[name], min(counts[name], max(LEAST_FIRST, counts[name] // 5)))
         tell(growth)
         return growth

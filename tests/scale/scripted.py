@@ -23,6 +23,8 @@ from lmkv.transport import Completion, OpId, PeerId, Region, open_transport
 SCRATCH_BYTES = 4096
 PATIENCE_S = 30.0
 """A peer that has not come to its end by then fails the run."""
+START_S = 120.0
+"""An engine says hello once it has read its weights."""
 ALIVE = 8
 """So many are alive at a time."""
 
@@ -39,7 +41,7 @@ def card_of(engine: str, context: Context) -> wire.EngineCard:
     """An engine's own card: it says hello to whom it is asked to meet."""
     inbox, outbox = Inbox(context, "tcp://127.0.0.1:0"), Outbox(context)
     try:
-        end_s = time.monotonic() + PATIENCE_S
+        end_s = time.monotonic() + START_S
         while time.monotonic() < end_s:  # the endpoint hears from its start on, which is when the weights are read
             outbox.send(engine, wire.Meet(inbox.address, "card"))
             if inbox.socket.poll(1000):

@@ -33,7 +33,7 @@ from .scripted import ScriptedPeer, card_of, one_after_another
 LMKV = (sys.executable, "-c", "from lmkv.cli import main; main()")
 DESCRIPTORS = 1024
 """What a process may have unless somebody raises it, as in most containers."""
-START_S = 120.0
+START_S = 240.0
 PATIENCE_S = 30.0
 
 
