@@ -26,7 +26,10 @@ PATIENCE_S = 30.0
 START_S = 120.0
 """An engine says hello once it has read its weights."""
 ALIVE = 8
-"""So many are alive at a time."""
+"""So many are alive at a time; over NIXL one, as an agent takes longer to start than a silent peer's lease."""
+BEAT_S = 0.2
+AGAIN_S = 5.0
+"""A peer that was not granted anything by then, because it was lost meanwhile, is asked for KV once more."""
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Tell = Callable[[str, str, str], None]
@@ -73,7 +76,7 @@ class ScriptedPeer:
         self._ops: set[OpId] = set()
         self._granted = False
         self._welcome = False
-        self._greeted_s = 0.0
+        self._greeted_s = self._beat_s = self._told_s = 0.0
         self.done = False
 
     @staticmethod
@@ -118,14 +121,20 @@ class ScriptedPeer:
         if not self._welcome and now_s - self._greeted_s > 1.0:
             self._greeted_s = now_s
             self._outbox.send(self._engine.address, wire.Hello(self.card))
+        if self._welcome and now_s - self._beat_s > BEAT_S:
+            self._beat_s = now_s
+            self._outbox.send(self._worker.address, wire.Beat(self.incarnation, Rank(0), now_s))
+        if self._welcome and now_s - self._told_s > AGAIN_S:
+            self._told_s = now_s
+            self._tell("decode", new_transfer(), self.card.address)
         for event in self._transport.poll():
             if isinstance(event, Completion):
                 self._transport.release(event.op)
                 self._ops.discard(event.op)
         for letter in self._inbox.receive():
-            self._take(letter.message, now_s)
+            self._take(letter.message)
 
-    def _take(self, message: wire.Control, now_s: float) -> None:
+    def _take(self, message: wire.Control) -> None:
         worker = self._worker
         match message:
             case wire.Hello():  # it wants to pair as well
@@ -133,9 +142,7 @@ class ScriptedPeer:
             case wire.Welcome() if not self._welcome:
                 self._welcome = True
                 self._there = self._transport.connect(worker.export)
-                self._outbox.send(worker.address, wire.Beat(self.incarnation, Rank(0), now_s))
                 self._ask()
-                self._tell("decode", new_transfer(), self.card.address)
             case wire.Refuse():
                 raise AssertionError(f"the engine refuses: {message.reason}")
             case wire.Grant():
@@ -161,13 +168,13 @@ class ScriptedPeer:
         self._outbox.close()
 
 
-def one_after_another(count: int, make: Callable[[], ScriptedPeer]) -> int:
+def one_after_another(count: int, make: Callable[[], ScriptedPeer], most_alive: int = ALIVE) -> int:
     """Lets `count` peers come and vanish, a few alive at a time; returns how many were paired."""
     alive: list[ScriptedPeer] = []
     begun = paired = 0
     try:
         while begun < count or alive:
-            if begun < count and len(alive) < ALIVE:
+            if begun < count and len(alive) < most_alive:
                 alive.append(make())
                 begun += 1
             for peer in list(alive):
@@ -176,7 +183,7 @@ def one_after_another(count: int, make: Callable[[], ScriptedPeer]) -> int:
                     paired += peer.paired
                     alive.remove(peer)
                     peer.vanish()
-            if len(alive) == ALIVE:
+            if len(alive) == most_alive:
                 time.sleep(0.001)
     finally:
         vanish_all(alive)

@@ -17,6 +17,7 @@ def test_peers_that_come_and_vanish(tmp_path: Path) -> None:
     problems = [problem for growth in found for problem in growth.problems(MOST_BYTES)]
     assert not problems, [growth.as_dict() for growth in found]
     (engine,) = (growth for growth in found if growth.target == "engine")
-    # One request for the KV of each peer, which brought nothing; and one for each peer, which ended.
-    assert engine.counted["counted"]["failed"] == COUNTS["engine"]
+    # At least one request for the KV of each peer, which brought nothing; and one for each peer, which ended.
+    assert engine.counted["counted"]["failed"] >= COUNTS["engine"]
+    assert engine.counted["counted"]["received"] == 0
     assert engine.counted["counted"]["sent"] == COUNTS["engine"]
