@@ -111,7 +111,11 @@ class Copying:
         address = job.source.address
         access = self._accesses.get(address)
         if access is None:
-            access = self._accesses[address] = NodeAccess(self._context, address, self._me)
+            access = self._reach(address)
+        if access is None:
+            self._counters["copy:unreachable"] += len(job.keys)
+            self._finish(job)
+            return
         self._used_s[address] = now_s
         if not access.ready:
             return
@@ -123,6 +127,15 @@ class Copying:
             self._copy_some(job, access, now_s)
         elif job.lease and not job.reading and not job.pages:
             self._finish(job)
+
+    def _reach(self, address: str) -> NodeAccess | None:
+        """None: there is no socket to be had."""
+        try:
+            access = self._accesses[address] = NodeAccess(self._context, address, self._me)
+        except zmq.ZMQError as error:
+            logger.warning("nothing can be copied from %s: %s", address, error)
+            return None
+        return access
 
     def _ask(self, job: _Job, access: NodeAccess, now_s: float) -> None:
         job.asked = True

@@ -51,7 +51,7 @@ class Directory:
         self._answered_s = [float("-inf")] * len(controllers)
         self._listed: list[frozenset[str]] = [frozenset()] * len(controllers)
         """What each controller listed in its last answer."""
-        self._asked_s = float("-inf")
+        self._asked_s = self._added_s = float("-inf")
         self.fds_changed = True
         for address in nodes:
             self._add(address)
@@ -98,6 +98,10 @@ class Directory:
                     lambda answer, i=i: self._members(i, answer, now_s),  # type: ignore[misc]
                     now_s + ASK_S,
                 )
+        if now_s - self._added_s >= ASK_EVERY_S:  # there may have been no socket for one
+            self._added_s = now_s
+            for address in self._fixed - self._accesses.keys():
+                self._add(address)
         for access in list(self._accesses.values()):
             access.tick(now_s)
 
@@ -125,9 +129,13 @@ class Directory:
             self._add(address)
 
     def _add(self, address: str) -> None:
-        access = NodeAccess(
-            self._context, address, self._me, self._changed, map_arena=self._map_arenas, use_arena=self._use_arenas
-        )
+        try:
+            access = NodeAccess(
+                self._context, address, self._me, self._changed, map_arena=self._map_arenas, use_arena=self._use_arenas
+            )
+        except zmq.ZMQError as error:  # tried again
+            logger.warning("pool node %s is not used: %s", address, error)
+            return
         for namespace, description in self._namespaces.items():
             access.declare(namespace, description)
         self._accesses[address] = access

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -144,6 +145,33 @@ def test_a_node_copies_from_so_many_others(node: NodeThread, monkeypatch: pytest
         until(lambda: len(node.node._copying._accesses) == 4)
     finally:
         user.close()
+
+
+def test_a_node_without_sockets_copies_nothing_and_lives(node: NodeThread, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "NodeAccess", no_socket)
+    user = User(node.address)
+    try:
+        source = pw.NodeCard("n", Incarnation("i"), "tcp://127.0.0.1:1", "tcp://127.0.0.1:1", "", b"", 0, 0)
+        answer = user.get(lambda t: pw.Replicate(source, SPACE, key(1), t), pw.Replicated)
+        assert answer.pages == 0 and user.counters()["copy:unreachable"] == 1
+    finally:
+        user.close()
+
+
+def test_a_client_without_sockets_goes_on(
+    context: zmq.Context[zmq.Socket[bytes]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(directory, "NodeAccess", no_socket)
+    found = Directory(context, US, ["tcp://127.0.0.1:1"], [], use_arenas=False)
+    assert not found._accesses and "tcp://127.0.0.1:1 is not used" in caplog.text
+    monkeypatch.undo()
+    found.tick(100.0)
+    assert list(found._accesses) == ["tcp://127.0.0.1:1"]
+    found.close()
+
+
+def no_socket(*rest: object, **more: object) -> NodeAccess:
+    raise zmq.ZMQError(errno.EMFILE)
 
 
 def test_so_many_questions_wait(node: NodeThread, monkeypatch: pytest.MonkeyPatch) -> None:
