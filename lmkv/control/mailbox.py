@@ -161,7 +161,7 @@ class Outbox:
         """Queue a message; False (and counted) when it cannot be: the queue to that address is full, or there is no
         connecting to it."""
         now_s = self._clock()
-        self._sweep(now_s)
+        self.sweep()
         connection = self._connections.get(address) or self._open(address, now_s)
         if connection is None:
             self.dropped += 1
@@ -180,7 +180,7 @@ class Outbox:
     def lost(self) -> list[str]:
         """Addresses whose connection was closed by the other side since the last call. Those that were closed here are
         not among them."""
-        self._sweep(self._clock())
+        self.sweep()
         gone = []
         for address, connection in self._connections.items():
             while connection.monitor is not None and connection.monitor.poll(0):
@@ -237,8 +237,9 @@ class Outbox:
             return None
         return _Connection(socket, monitor, now_s)
 
-    def _sweep(self, now_s: float) -> None:
-        """Close what was idle for long enough."""
+    def sweep(self) -> None:
+        """Close what was idle for long enough; part of `send` and `lost`. For who does neither for long."""
+        now_s = self._clock()
         if now_s - self._swept_s < SWEEP_S:
             return
         self._swept_s = now_s

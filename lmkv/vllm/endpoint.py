@@ -154,6 +154,7 @@ class EngineEndpoint:
                 else:
                     actions += self._pairing.want(address, now_s)
             self._pairing.prune()
+        self._outbox.sweep()
         self._do(actions)
 
     def _take(self, letter: Letter) -> None:

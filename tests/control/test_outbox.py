@@ -83,6 +83,10 @@ def test_an_idle_connection_is_closed_and_opened_again(context: zmq.Context[zmq.
     assert len(outbox) == 2 and tokens(inbox, 1) == ["2"] and tokens(other, 2) == ["a", "b"]
     clock.now_s += 61
     assert outbox.lost() == [] and len(outbox) == 0, "idle ones end without a message, too"
+    outbox.send(other.address, wire.Describe("c"))
+    clock.now_s += 61
+    outbox.sweep()
+    assert len(outbox) == 0 and outbox.idle_closed == 4
     for thing in (outbox, inbox, other):
         thing.close()
 
