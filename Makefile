@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo simulate test test-fast check bench-handover clean
+.PHONY: help setup models ucx demo simulate test test-fast check peers bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -31,6 +31,9 @@ simulate: setup ## worlds of simulated engines, every byte checked (ARGS="--worl
 
 check: setup ## linters, types, import floors, spelling
 	@scripts/check.sh
+
+peers: setup ## 5,000 peers that come and vanish: what engine, node, controller and router keep of them
+	$(BIN)/python -m tests.scale.peers $(ARGS)
 
 bench-handover: models ## what a handover costs, beside vLLM's own connector
 	$(BIN)/python scripts/bench_handover.py $(ARGS)

@@ -11,9 +11,10 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from .addresses import check_host, check_reachable, checked
 from .errors import ConfigError
 from .settings import is_others
 
@@ -101,6 +102,26 @@ class ConnectorSettings(BaseSettings):
             value = json.loads(value) if value.startswith("[") else value.split(",")
             return tuple(part.strip() for part in value if part.strip())
         return value
+
+    @field_validator("pool", "controller", "peers")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return tuple(checked(str(info.field_name), address) for address in value)
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        return checked("listen", value, listen=True)
+
+    @field_validator("advertise")
+    @classmethod
+    def _advertise(cls, value: str) -> str:
+        return check_host(value) if value else ""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> ConnectorSettings:
+        check_reachable(self.listen, self.advertise)
+        return self
 
     @classmethod
     def settings_customise_sources(

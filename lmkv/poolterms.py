@@ -6,7 +6,8 @@ import enum
 
 import msgspec
 
-from .ids import Incarnation
+from .addresses import Address, NoAddress
+from .ids import Incarnation, Pointer, Total
 from .wire import PROTOCOL
 
 NAMESPACE_BYTES = 16
@@ -62,15 +63,15 @@ class NodeCard(msgspec.Struct, frozen=True, gc=False, array_like=True):
 
     name: str
     incarnation: Incarnation
-    address: str
+    address: Address
     """Of its ROUTER."""
-    events: str
-    """Of its PUB."""
+    events: NoAddress
+    """Of its PUB; "" for a controller's own card."""
     scheme: str
     export: bytes
     """Its data plane's; empty: none, the arena can only be mapped."""
-    arena_address: int
-    arena_bytes: int
+    arena_address: Pointer
+    arena_bytes: Total
     share: str = ""
     """A Unix socket that gives away the arena's file descriptor, for processes of the same host."""
     host: str = ""
@@ -116,5 +117,5 @@ class Holder(msgspec.Struct, frozen=True, gc=False, array_like=True):
     """A node that holds some of them: for each key a byte, its tiers there (0: not there)."""
 
     incarnation: Incarnation
-    address: str
+    address: Address
     tiers: bytes

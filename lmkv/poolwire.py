@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import msgspec
 
+from .addresses import explain
 from .errors import WireError
 from .ids import Incarnation, Rank
 from .poolterms import EVENT_BYTES as EVENT_BYTES
@@ -380,7 +381,8 @@ def decode(payload: bytes) -> PoolMessage:
     try:
         return _decoder.decode(payload)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise WireError(f"a message of {len(payload)} bytes cannot be read: {error}", code="LMKV-W201") from error
+        text = f"a message of {len(payload)} bytes cannot be read: {explain(error)}"
+        raise WireError(text, code="LMKV-W201") from error
 
 
 def split_keys(keys: bytes, size: int = PAGE_KEY_BYTES) -> list[bytes]:

@@ -13,8 +13,21 @@ from typing import TypeVar
 
 import msgspec
 
+from .addresses import Address, explain
 from .errors import WireError
-from .ids import EngineName, Epoch, Incarnation, Rank, TransferId
+from .ids import (
+    EngineName,
+    Epoch,
+    Incarnation,
+    Index,
+    Pointer,
+    Rank,
+    Size,
+    SlotIndex,
+    Total,
+    TransferId,
+    Unsigned,
+)
 from .layout import Geometry
 
 PROTOCOL = 3
@@ -30,13 +43,13 @@ class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True):
 class LayerCard(_Message, frozen=True):
     """Where one layer's blocks lie in a worker: block b is `block_bytes` at `address + b * block_stride_bytes`."""
 
-    address: int
-    block_bytes: int
-    block_stride_bytes: int
-    num_blocks: int
-    group: int
+    address: Pointer
+    block_bytes: Size
+    block_stride_bytes: Size
+    num_blocks: Index
+    group: Index
     """Index of the KV cache group the layer belongs to (an index into Grant.block_ids)."""
-    device: int = 0
+    device: Index = 0
 
 
 class ProcessCard(_Message, frozen=True):
@@ -61,20 +74,20 @@ class WorkerCard(_Message, frozen=True):
     """One worker rank: its control address, its data plane export, its layers in model order."""
 
     rank: Rank
-    address: str
+    address: Address
     scheme: str
     export: bytes
     kind: str
     """Memory kind of the KV cache: "DRAM" or "VRAM"."""
     layers: tuple[LayerCard, ...]
-    scratch_address: int
-    scratch_bytes: int
+    scratch_address: Pointer
+    scratch_bytes: Size
     """A few registered bytes nobody reads, for warming a pair."""
     geometries: tuple[Geometry, ...] = ()
     """How the layers lie, by group; none: the interior is not one that lmkv can convert (direct mode only)."""
-    slots_address: int = 0
-    slots: int = 0
-    slot_bytes: int = 0
+    slots_address: Pointer = 0
+    slots: Index = 0
+    slot_bytes: Size = 0
     """Landing mode: slot i is `slot_bytes` at `slots_address + i * slot_bytes`, of the same memory kind."""
     checked_ppm: int = 1_000_000
     """As a receiver: so many writes of a million must carry a checksum (lmkv.vllm.checking)."""
@@ -92,12 +105,12 @@ class EngineCard(_Message, frozen=True):
 
     name: EngineName
     incarnation: Incarnation
-    address: str
+    address: Address
     role: str
     """"prefill", "decode" or "both"."""
     must: dict[str, str]
     layout: dict[str, str]
-    block_tokens: tuple[int, ...]
+    block_tokens: tuple[Index, ...]
     """Tokens a block, by KV cache group."""
     workers: tuple[WorkerCard, ...]
     protocol: int = PROTOCOL
@@ -110,7 +123,8 @@ class EngineCard(_Message, frozen=True):
 
 
 class Meet(_Message, frozen=True, tag=True):
-    """To an engine: pair with the engine at `address`. Answered by Met when it is done or refused."""
+    """To an engine: pair with the engine at `address`. Answered by Met when it is done or refused, which it is for an
+    `address` that is none."""
 
     address: str
     token: str
@@ -143,7 +157,7 @@ class Refuse(_Message, frozen=True, tag=True):
     """No exchange with the sender (at `address`). `field` is what differs."""
 
     incarnation: Incarnation
-    address: str
+    address: Address
     reason: str
     field: str = ""
 
@@ -186,7 +200,7 @@ class PoolName(_Message, frozen=True, tag=True):
     known, and again when the name changes."""
 
     incarnation: Incarnation
-    address: str
+    address: Address
     """Of the engine, which wants to hear of nodes (PoolNodes)."""
     description: str
     """Of the namespace (lmkv.hashing.Manifest)."""
@@ -226,10 +240,10 @@ class Grant(_Message, frozen=True, tag=True):
     incarnation: Incarnation
     transfer_id: TransferId
     epoch: Epoch
-    first_token: int
-    prompt_tokens: int
-    first_block: tuple[int, ...]
-    block_ids: tuple[tuple[int, ...], ...]
+    first_token: Index
+    prompt_tokens: Index
+    first_block: tuple[Index, ...]
+    block_ids: tuple[tuple[Index, ...], ...]
     sent_s: float
     landing: bool = False
     """Landing mode: `first_block` and `block_ids` count prefill's blocks, an id other than 0 only says "wanted"; slots
@@ -247,7 +261,7 @@ class Credit(_Message, frozen=True, tag=True):
     rank: Rank
     transfer_id: TransferId
     epoch: Epoch
-    slots: tuple[int, ...]
+    slots: tuple[SlotIndex, ...]
 
 
 class NotNeeded(_Message, frozen=True, tag=True):
@@ -291,7 +305,7 @@ class Failed(_Message, frozen=True, tag=True):
     transfer_id: TransferId
     epoch: Epoch
     reason: str
-    landed_bytes: int = 0
+    landed_bytes: Total = 0
 
 
 # --- control plane: questions ---
@@ -349,15 +363,15 @@ class WriteNote(_Message, frozen=True, tag="w"):
     transfer_id: TransferId
     epoch: Epoch
     rank: Rank
-    seq: int
-    group: int
-    layer_lo: int
-    layer_hi: int
-    block_lo: int
-    block_hi: int
-    payload_bytes: int
-    checksum: int | None
-    slot: int = -1
+    seq: Index
+    group: Index
+    layer_lo: Index
+    layer_hi: Index
+    block_lo: Index
+    block_hi: Index
+    payload_bytes: Total
+    checksum: Unsigned | None
+    slot: SlotIndex = -1
     """Landing mode: the slot that holds the bytes."""
 
 
@@ -367,8 +381,8 @@ class SealNote(_Message, frozen=True, tag="s"):
     transfer_id: TransferId
     epoch: Epoch
     rank: Rank
-    writes: int
-    payload_bytes: int
+    writes: Index
+    payload_bytes: Total
 
 
 class WarmNote(_Message, frozen=True, tag="p"):
@@ -404,4 +418,5 @@ def _decode(decoder: msgspec.msgpack.Decoder[_T], payload: bytes) -> _T:
     try:
         return decoder.decode(payload)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
-        raise WireError(f"a message of {len(payload)} bytes cannot be read: {error}", code="LMKV-W201") from error
+        text = f"a message of {len(payload)} bytes cannot be read: {explain(error)}"
+        raise WireError(text, code="LMKV-W201") from error

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import zmq
 
+from lmkv.addresses import split_address
 from lmkv.errors import PoolError, WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import (
@@ -32,7 +33,7 @@ from lmkv.poolwire import (
     encode,
 )
 
-from .mailbox import split_address
+from .mailbox import MOST_ANSWER_BYTES
 
 ASK_S = 2.0
 DRAIN_S = 120.0
@@ -58,6 +59,7 @@ class Admin:
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         self._socket.connect(address)
         self._tokens = itertools.count(secrets.randbits(40))
 

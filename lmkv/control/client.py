@@ -18,7 +18,8 @@ import zmq
 import zmq.asyncio
 
 from lmkv import wire
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
+from lmkv.control.mailbox import MOST_ANSWER_BYTES, MOST_SOCKETS
 from lmkv.errors import LmkvError, WireError
 from lmkv.ids import TransferId
 
@@ -52,6 +53,7 @@ class ControlClient:
 
     def __init__(self) -> None:
         self._context = zmq.asyncio.Context()
+        self._context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)
         self._lines: dict[str, _Line] = {}
         self.unreadable = 0
         """Answers that could not be read, over all addresses."""
@@ -106,6 +108,7 @@ class ControlClient:
         socket = self._context.socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)
         # Without a connection a question waits here and dies with its deadline; else an engine that comes back would

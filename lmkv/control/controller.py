@@ -23,7 +23,7 @@ from lmkv.ids import make_incarnation
 from .etcd import EtcdMembership
 from .follow import ViewSettings
 from .links import Links
-from .mailbox import Inbox
+from .mailbox import Inbox, make_context
 from .replication import Replication, ReplicationSettings
 from .view import Action, Ask, HangUp, Subscribe, Unsubscribe, View
 from .wake import Wake
@@ -37,7 +37,6 @@ _QUESTIONS = 256
 _EVENTS = 512
 """So many messages are read in one turn of the loop, and about so many records, so that nobody waits for long."""
 _RECORDS = 32768
-_SOCKETS = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +57,7 @@ class Controller:
     def __init__(self, settings: ControllerSettings) -> None:
         self._settings = settings
         self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._context.set(zmq.MAX_SOCKETS, _SOCKETS)
+        self._context = make_context()
         self._wake = Wake()
         try:
             self._inbox = Inbox(self._context, settings.listen)

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import zmq
 
+from lmkv.addresses import split_address
 from lmkv.errors import WireError
 from lmkv.ids import Incarnation
 from lmkv.poolwire import Events, NodeCard, PoolMessage, decode, encode
 
-from .mailbox import split_address
+from .mailbox import MOST_ANSWER_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class Links:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         socket.setsockopt(zmq.RCVHWM, _WAITING)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)

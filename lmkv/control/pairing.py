@@ -22,6 +22,9 @@ from lmkv.ids import Incarnation, Rank
 
 HELLO_EVERY_S = 1.0
 RETRY_REFUSED_S = 5.0
+MOST_PEERS = 2048
+MOST_ADDRESSES = 2 * MOST_PEERS
+"""Addresses that something is remembered of. Those without a peer are forgotten above that, the oldest first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +212,9 @@ class Pairing:
     # --- inside ---
 
     def _refusal(self, card: wire.EngineCard) -> wire.Refuse | None:
+        if self._is_full(card):
+            why = f"engine {self.card.name!r} has {MOST_PEERS} peers already"
+            return wire.Refuse(self.card.incarnation, self.card.address, why, "peers")
         try:
             self._compare(self.card, card)
         except CompatError as error:
@@ -272,3 +278,17 @@ class Pairing:
         card = self.ready_card(address)
         name, incarnation = (card.name, card.incarnation) if card else ("", "")
         return Answer(waiter[0], wire.Met(waiter[1], name, incarnation, reason))
+
+    def _is_full(self, card: wire.EngineCard) -> bool:
+        """There is no room for this engine, unless it is known or takes the place of another at its address."""
+        entry = self._addresses.get(card.address)
+        known = card.incarnation in self._peers or (entry is not None and entry.incarnation is not None)
+        return len(self._peers) >= MOST_PEERS and not known
+
+    def prune(self) -> None:
+        """Forget the oldest addresses that lead to no peer, above MOST_ADDRESSES. To be called after each round of
+        events. Waiters there get no answer; they have deadlines."""
+        spare = len(self._addresses) - MOST_ADDRESSES
+        if spare > 0:
+            for address in [a for a, entry in self._addresses.items() if entry.incarnation is None][:spare]:
+                del self._addresses[address]

@@ -22,6 +22,7 @@ import zmq
 from lmkv.transport import Transport, open_transport
 
 from .host import Host, ThisHost
+from .mailbox import make_context
 from .wake import Wake, wait
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ class Runtime:
 
     clock: Callable[[], float] = time.monotonic
     """Seconds; it never goes back."""
-    context: Callable[[], zmq.Context[zmq.Socket[bytes]]] = zmq.Context
+    context: Callable[[], zmq.Context[zmq.Socket[bytes]]] = make_context
     """A new ZeroMQ context."""
     transport: Callable[[str, str], Transport] = open_transport
     """A new data plane, of (url, name)."""

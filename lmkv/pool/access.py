@@ -35,6 +35,8 @@ LOST_S = 4.0
 STALL_S = 1.0
 """After a longer pause between ticks it is us who were away, not the node."""
 ASK_S = 2.0
+MOST_NAMESPACES = 1024
+"""Descriptions that a node is told again when it has restarted, the latest. They are for people who look."""
 
 
 _ACCESSES = 4096
@@ -126,6 +128,8 @@ class NodeAccess:
         """A namespace that we shall speak of."""
         if namespace not in self._namespaces:
             self._namespaces[namespace] = description
+            while len(self._namespaces) > MOST_NAMESPACES:
+                del self._namespaces[next(iter(self._namespaces))]
             if self.ready:
                 self.link.tell(pw.Declare(namespace, description))
 

@@ -23,6 +23,8 @@ from .index import Writer
 logger = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4096
+MOST_CLIENTS = 8192
+"""Ranks known at a time. One goes when it only asked and is silent, or when its death is proven."""
 MOVING_S = 0.1
 """So long after a client on the data plane was given slots or pages its bytes are expected to move."""
 PROBE_EVERY_S = 1.0
@@ -87,6 +89,8 @@ class Clients:
         """Know the client; returns why not, or ""."""
         writer = (message.incarnation, message.rank)
         client = self._clients.get(writer)
+        if client is None and len(self._clients) >= MOST_CLIENTS:
+            return f"this node has {MOST_CLIENTS} clients already"
         if client is None:
             client = self._clients[writer] = Client(writer, message.name, now_s)
             logger.info("client %s rank %d (%s)", message.name, message.rank, message.incarnation)

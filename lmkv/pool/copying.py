@@ -31,6 +31,8 @@ COPY_RANK = Rank(-2)
 JOB_S = 20.0
 PAGES_AT_ONCE = 16
 MOST_JOBS = 256
+MOST_SOURCES = 64
+"""Nodes that are copied from at a time."""
 IDLE_S = 60.0
 
 
@@ -84,7 +86,9 @@ class Copying:
         """`done(pages)` when as many as could be are here (those that were, included)."""
         keys = [message.namespace + key for key in pw.split_keys(message.keys)]
         wanted = [key for key in keys if self._index.find(key) is None]
-        if not wanted or len(self._jobs) >= MOST_JOBS:
+        sources = self._accesses.keys() | {job.source.address for job in self._jobs}
+        crowded = len(sources) >= MOST_SOURCES and message.source.address not in sources
+        if not wanted or len(self._jobs) >= MOST_JOBS or crowded:
             self._counters["copy:refused"] += len(wanted)
             done(len(keys) - len(wanted))
             return
@@ -109,7 +113,11 @@ class Copying:
         address = job.source.address
         access = self._accesses.get(address)
         if access is None:
-            access = self._accesses[address] = NodeAccess(self._context, address, self._me)
+            access = self._reach(address)
+        if access is None:
+            self._counters["copy:unreachable"] += len(job.keys)
+            self._finish(job)
+            return
         self._used_s[address] = now_s
         if not access.ready:
             return
@@ -121,6 +129,15 @@ class Copying:
             self._copy_some(job, access, now_s)
         elif job.lease and not job.reading and not job.pages:
             self._finish(job)
+
+    def _reach(self, address: str) -> NodeAccess | None:
+        """None: there is no socket to be had."""
+        try:
+            access = self._accesses[address] = NodeAccess(self._context, address, self._me)
+        except zmq.ZMQError as error:
+            logger.warning("nothing can be copied from %s: %s", address, error)
+            return None
+        return access
 
     def _ask(self, job: _Job, access: NodeAccess, now_s: float) -> None:
         job.asked = True

@@ -28,6 +28,10 @@ MOST_LISTED = 10_000
 MOST_KEYS = 65536
 MOST_SHARDS = 1024
 MOST_NAMESPACES = 65536
+MOST_WAITING = 4096
+"""Pins, commits and drains that wait at a time, of each kind."""
+MOST_WAIT_S = 600.0
+"""A commit waits no longer for its promise."""
 
 
 class Desk:
@@ -95,6 +99,8 @@ class Desk:
                 chosen = keys if keys is not None else self._index.keys(message.namespace)
                 self._send(identity, pw.Dropped(message.token, sum(self._index.demote(key) for key in chosen)))
             case pw.Drain():
+                if len(self._drains) >= MOST_WAITING:
+                    raise WireError(f"{MOST_WAITING} drains are waited for already")
                 self.drain(identity, message.token, message.stop)
             case pw.ListKeys():
                 self._send(identity, self._list(message))
@@ -181,10 +187,10 @@ class Desk:
         fresh.reverse()
         for entry in fresh:
             self._tiering.visible(entry)
-        if message.ack is Ack.VOLATILE or not fresh:
+        if message.ack is Ack.VOLATILE or not fresh or len(self._commits) >= MOST_WAITING:
             self._send(identity, pw.Committed(message.token, tuple(refusals)))
             return
-        until_s = now_s + _seconds("wait_s", message.wait_s)
+        until_s = now_s + min(_seconds("wait_s", message.wait_s), MOST_WAIT_S)
         waiting = WaitingCommit(identity, message.token, tuple(refusals), until_s, len(fresh), message.ack)
         self._commits.append(waiting)
         if message.ack is Ack.REPLICATED:
@@ -213,7 +219,7 @@ class Desk:
         tiers = [entry.tiers for entry in run]
         below = [entry for entry in run[: self._leases.fits(run)] if Tier.DRAM not in entry.tiers]
         waiting = WaitingPin(identity, message, run, tiers, now_s + wait_s, len(below))
-        if not below or not wait_s:
+        if not below or not wait_s or len(self._pins) >= MOST_WAITING:
             self._pinned(waiting, now_s)
             return
         # What is here already must not go while the rest comes up.

@@ -15,13 +15,15 @@ from lmkv.errors import TransportError
 from lmkv.ids import Incarnation
 from lmkv.transport import OpId, PeerId
 
-from .access import Me, NodeAccess
+from .access import MOST_NAMESPACES, Me, NodeAccess
 from .link import Link
 
 logger = logging.getLogger(__name__)
 
 ASK_EVERY_S = 2.0
 ASK_S = 1.0
+MOST_NODES = 4096
+"""Nodes that are used at a time, as many as a controller follows."""
 
 
 class Directory:
@@ -47,7 +49,9 @@ class Directory:
         self._namespaces: dict[bytes, str] = {}
         self.controllers = [Link(context, address, me.runtime.entropy) for address in controllers]
         self._answered_s = [float("-inf")] * len(controllers)
-        self._asked_s = float("-inf")
+        self._listed: list[frozenset[str]] = [frozenset()] * len(controllers)
+        """What each controller listed in its last answer."""
+        self._asked_s = self._added_s = float("-inf")
         self.fds_changed = True
         for address in nodes:
             self._add(address)
@@ -77,6 +81,8 @@ class Directory:
 
     def declare(self, namespace: bytes, description: str) -> None:
         self._namespaces[namespace] = description
+        while len(self._namespaces) > MOST_NAMESPACES:
+            del self._namespaces[next(iter(self._namespaces))]
         for access in self._accesses.values():
             access.declare(namespace, description)
 
@@ -92,6 +98,10 @@ class Directory:
                     lambda answer, i=i: self._members(i, answer, now_s),  # type: ignore[misc]
                     now_s + ASK_S,
                 )
+        if now_s - self._added_s >= ASK_EVERY_S:  # there may have been no socket for one
+            self._added_s = now_s
+            for address in self._fixed - self._accesses.keys():
+                self._add(address)
         for access in list(self._accesses.values()):
             access.tick(now_s)
 
@@ -105,19 +115,27 @@ class Directory:
         if answer is None:
             return
         self._answered_s[index] = now_s
-        told = {member.card.address for member in answer.nodes}
-        for address in told - self._accesses.keys():
+        told = frozenset(member.card.address for member in answer.nodes)
+        self._listed[index] = told
+        # Of several controllers, another may still see a node that this one does not.
+        for address in self._accesses.keys() - self._fixed.union(*self._listed):
+            if not self._accesses[address].ready:
+                self._accesses.pop(address).close()
+                self.fds_changed = True
+        for address in sorted(told - self._accesses.keys()):
+            if len(self._accesses) >= MOST_NODES:
+                logger.warning("more than %d pool nodes: %s is not used", MOST_NODES, address)
+                break
             self._add(address)
-        if len(self.controllers) == 1:  # of several, another may still see it
-            for address in self._accesses.keys() - told - self._fixed:
-                if not self._accesses[address].ready:
-                    self._accesses.pop(address).close()
-                    self.fds_changed = True
 
     def _add(self, address: str) -> None:
-        access = NodeAccess(
-            self._context, address, self._me, self._changed, map_arena=self._map_arenas, use_arena=self._use_arenas
-        )
+        try:
+            access = NodeAccess(
+                self._context, address, self._me, self._changed, map_arena=self._map_arenas, use_arena=self._use_arenas
+            )
+        except zmq.ZMQError as error:  # tried again
+            logger.warning("pool node %s is not used: %s", address, error)
+            return
         for namespace, description in self._namespaces.items():
             access.declare(namespace, description)
         self._accesses[address] = access

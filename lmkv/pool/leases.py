@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from .index import Entry, PoolIndex, Writer
 
+MOST_LEASES = 65536
+
 
 @dataclass(slots=True)
 class _Lease:
@@ -21,8 +23,8 @@ class _Lease:
 
 
 class Leases:
-    """Not thread-safe. `most_bytes` bounds what may be pinned at a time. `first`: a number that no node before has come
-    to, so that an unpin meant for that one finds nothing here."""
+    """Not thread-safe. At most MOST_LEASES at a time; `most_bytes` bounds what they pin. `first`: a number that no node
+    before has come to, so that an unpin meant for that one finds nothing here."""
 
     def __init__(self, index: PoolIndex, counters: Counter[str], most_bytes: int, first: int = 1) -> None:
         self._index = index
@@ -36,6 +38,8 @@ class Leases:
 
     def fits(self, entries: Sequence[Entry]) -> int:
         """How many of these, from the first on, may be pinned now."""
+        if len(self._leases) >= MOST_LEASES:
+            return 0
         room = self._most_bytes - self.pinned_bytes
         for count, entry in enumerate(entries):
             room -= entry.page_bytes if entry not in self._pins else 0

@@ -15,7 +15,8 @@ from typing import TypeVar
 import zmq
 
 from lmkv import poolwire as pw
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
+from lmkv.control.mailbox import MOST_ANSWER_BYTES
 from lmkv.control.wake import has_mail
 from lmkv.errors import WireError
 
@@ -46,6 +47,7 @@ class Link:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 100)
         self._socket.setsockopt(zmq.IPV6, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MOST_ANSWER_BYTES)
         self._socket.setsockopt(zmq.SNDHWM, 4096)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)

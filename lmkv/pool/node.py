@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import zmq
 
 from lmkv import poolwire as pw
+from lmkv.addresses import join_address, split_address
 from lmkv.control.etcd import EtcdMembership
 from lmkv.control.guard import Guard
 from lmkv.control.host import Connection, Offer
-from lmkv.control.mailbox import split_address
 from lmkv.control.runtime import START_S, THREADS, Runtime
 from lmkv.control.wake import has_mail
 from lmkv.errors import ConfigError, WireError
@@ -33,7 +33,7 @@ from .index import PoolIndex, Writer
 from .leases import Leases
 from .memory import ArenaMemory
 from .policy import make_policy
-from .publisher import Publisher, control_url
+from .publisher import Publisher
 from .pushing import Pushing
 from .settings import NodeSettings, default_share
 from .tiering import Tiering, TierSettings
@@ -144,11 +144,11 @@ class PoolNode:
 
     def _card(self, host: str, share: str) -> pw.NodeCard:
         settings = self._settings
-        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT))
+        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)
         return pw.NodeCard(
             settings.name or f"pool-{socket.gethostname()}-{port}",
             self._incarnation,
-            control_url(settings.advertise or host, port),
+            join_address(settings.advertise or host, port),
             self._publisher.address,
             settings.transport.split(":")[0] if self._transport else "",
             self._transport.export() if self._transport else b"",
@@ -162,7 +162,7 @@ class PoolNode:
     # --- opening ---
 
     def _bind(self) -> tuple[zmq.Socket[bytes], str]:
-        host, port = split_address(self._settings.listen)
+        host, port = split_address(self._settings.listen, listen=True)
         router = self._context.socket(zmq.ROUTER)
         router.setsockopt(zmq.LINGER, 200)
         router.setsockopt(zmq.IPV6, 1)
@@ -170,7 +170,7 @@ class PoolNode:
         router.setsockopt(zmq.SNDHWM, 16384)
         router.setsockopt(zmq.MAXMSGSIZE, MOST_MESSAGE_BYTES)
         try:
-            router.bind(control_url(host, port or "*"))
+            router.bind(join_address(host, port or "*"))
         except zmq.ZMQError as error:
             router.close()
             raise ConfigError(

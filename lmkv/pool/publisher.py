@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import zmq
 
 from lmkv import poolwire as pw
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import join_address, split_address
 from lmkv.errors import ConfigError
 from lmkv.ids import Incarnation
 
@@ -21,10 +21,6 @@ PART_BYTES = 4 << 20
 SNAPSHOT_S = 60.0
 BATCH_EVENTS = 4096
 MOST_PICTURES_BYTES = 1 << 30
-
-
-def control_url(host: str, port: int | str) -> str:
-    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 @dataclass(slots=True)
@@ -47,12 +43,12 @@ class Publisher:
         self._socket.setsockopt(zmq.SNDHWM, 4096)
         self._socket.setsockopt(zmq.IPV6, 1)
         try:
-            self._socket.bind(control_url(host, "*"))
+            self._socket.bind(join_address(host, "*"))
         except zmq.ZMQError as error:
             self._socket.close()
             raise ConfigError(f"cannot publish on {host}: {error}", hint="correct --listen") from error
-        port = split_address(self._socket.getsockopt_string(zmq.LAST_ENDPOINT))[1]
-        self.address = control_url(advertise or host, port)
+        port = split_address(self._socket.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)[1]
+        self.address = join_address(advertise or host, port)
         self.seq = 0
         self._pictures: dict[int, _Picture] = {}
         self._next_picture = 1
@@ -64,6 +60,7 @@ class Publisher:
             socket = self._context.socket(zmq.DEALER)
             socket.setsockopt(zmq.LINGER, 200)
             socket.setsockopt(zmq.SNDHWM, 4)
+            socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)  # a controller answers no beat
             socket.setsockopt(zmq.IPV6, 1)
             socket.setsockopt(zmq.RECONNECT_IVL, 100)
             socket.setsockopt(zmq.RECONNECT_IVL_MAX, 2000)

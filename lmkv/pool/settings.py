@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from lmkv.addresses import check_host, check_reachable, checked
 from lmkv.settings import CommandSettings, refuse_unknown, split_list, wrong_value
 
 from .faults import VARIABLE as FAULTS
@@ -79,6 +80,26 @@ class NodeSettings(CommandSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return split_list(value)
+
+    @field_validator("controller", "replicas")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        return tuple(checked(str(info.field_name), address) for address in value)
+
+    @field_validator("listen")
+    @classmethod
+    def _listen(cls, value: str) -> str:
+        return checked("listen", value, listen=True)
+
+    @field_validator("advertise")
+    @classmethod
+    def _advertise(cls, value: str) -> str:
+        return check_host(value) if value else ""
+
+    @model_validator(mode="after")
+    def _reachable(self) -> NodeSettings:
+        check_reachable(self.listen, self.advertise)
+        return self
 
 
 def node_settings(given: Mapping[str, Any], environ: Mapping[str, str]) -> NodeSettings:

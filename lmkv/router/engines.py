@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
 from lmkv.errors import ConfigError, RouterError
 from lmkv.ids import EngineName, Incarnation
 

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from lmkv import wire
+from lmkv.addresses import problem
 from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Inbox, Letter, Outbox
 from lmkv.control.pairing import Action, Answer, Pairing, PairState, ToEngine, ToWorkers
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 _IDLE_S = 1.0
 _SEEK_S = 0.1
 _WANTED_FOR_S = 60.0
+MOST_UNSENT = 4096
+MOST_WANTED = 512
+"""Addresses that are sought at a time."""
 
 
 class EngineEndpoint:
@@ -38,12 +42,12 @@ class EngineEndpoint:
         self._runtime = runtime
         self._context = runtime.context()
         self._inbox = Inbox(self._context, listen, advertise)
-        self._outbox = Outbox(self._context)
+        self._outbox = Outbox(self._context, clock=runtime.clock)
         self._book = book
         self._lock = threading.Lock()
         self._pairing: Pairing | None = None
         self._wanted: dict[str, float] = {}
-        self._to_send: deque[tuple[str, wire.Control]] = deque()
+        self._to_send: deque[tuple[str, wire.Control]] = deque(maxlen=MOST_UNSENT)
         self._guard = Guard("endpoint", runtime.caught)
         self._is_watched = False
         self._is_over = False
@@ -58,6 +62,11 @@ class EngineEndpoint:
     @property
     def address(self) -> str:
         return self._inbox.address
+
+    @property
+    def unreadable(self) -> int:
+        """Messages that could not be read, and were dropped."""
+        return self._inbox.unreadable
 
     def start(self, card: wire.EngineCard, peers: tuple[str, ...], private: str = "") -> None:
         """`private`: why this engine exchanges KV with no other, for whoever asks (Describe)."""
@@ -90,7 +99,7 @@ class EngineEndpoint:
         with self._lock:
             state, reason = self._pairing.state(address)
             card = self._pairing.ready_card(address)
-            if state is not PairState.READY:
+            if state is not PairState.READY and (address in self._wanted or len(self._wanted) < MOST_WANTED):
                 new = address not in self._wanted
                 self._wanted[address] = self._runtime.clock() + _WANTED_FOR_S
                 if new:
@@ -124,7 +133,10 @@ class EngineEndpoint:
         self._runner.wake()
 
     def tell(self, address: str, message: wire.Control) -> None:
-        """Send a message that is in no hurry."""
+        """Send a message that is in no hurry. Too many that nobody sends (no pairing yet, or never) are dropped and
+        counted, the oldest first."""
+        if len(self._to_send) == MOST_UNSENT:
+            self._book.count("tell:dropped")
         self._to_send.append((address, message))
         self._runner.wake()
         if self._is_over:
@@ -186,6 +198,7 @@ class EngineEndpoint:
         assert self._pairing is not None
         with self._lock:
             wanted = list(self._wanted.items())
+            self._pairing.prune()
         for address, until_s in wanted:
             self._guard.attempt(
                 "seek",
@@ -193,6 +206,7 @@ class EngineEndpoint:
                 lambda address=address: self._wanted.pop(address, None),  # type: ignore[misc]
                 address,
             )
+        self._outbox.sweep()
 
     def _seek_one(self, address: str, until_s: float, now_s: float) -> None:
         assert self._pairing is not None
@@ -227,9 +241,7 @@ class EngineEndpoint:
                     actions, lost = pairing.replaced(message.rank, message.export)
                     self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)
                 case wire.Meet():
-                    actions = pairing.want(message.address, now_s, (letter.identity, message.token))
-                    if pairing.state(message.address)[0] is PairState.PENDING:
-                        self._wanted[message.address] = now_s + _WANTED_FOR_S
+                    actions = self._meet(pairing, message, letter.identity, now_s)
                 case wire.PoolNodes() | wire.Parked():
                     self._hear_pool(message)
                 case wire.NotNeeded():
@@ -242,6 +254,19 @@ class EngineEndpoint:
                 case _:
                     logger.warning("the engine endpoint does not take %s", type(message).__name__)
         self._do(actions)
+
+    def _meet(self, pairing: Pairing, message: wire.Meet, identity: bytes, now_s: float) -> list[Action]:
+        """With the lock held. Pair with whoever is at an address, unless it is none, or too many are being sought."""
+        wrong = problem(message.address)
+        if not wrong and len(self._wanted) >= MOST_WANTED and message.address not in self._wanted:
+            wrong = f"this engine already seeks {MOST_WANTED} others"
+        if wrong:
+            self._book.count("meet:refused")
+            return [Answer(identity, wire.Met(message.token, "", "", wrong))]
+        actions = pairing.want(message.address, now_s, (identity, message.token))
+        if pairing.state(message.address)[0] is PairState.PENDING:
+            self._wanted[message.address] = now_s + _WANTED_FOR_S
+        return actions
 
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None

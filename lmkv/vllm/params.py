@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from lmkv.control.mailbox import split_address
+from lmkv.addresses import split_address
 from lmkv.errors import ConfigError
 from lmkv.ids import TransferId
 

@@ -13,8 +13,9 @@ import msgspec
 import vllm
 
 from lmkv import wire
+from lmkv.addresses import join_address, split_address
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import Outbox, split_address
+from lmkv.control.mailbox import Outbox
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.errors import ConfigError
 from lmkv.hashing import Manifest
@@ -68,7 +69,7 @@ class SchedulerSide:
         self.book = LedgerBook()
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book, runtime)
         self._context = runtime.context()
-        self._outbox = Outbox(self._context)
+        self._outbox = Outbox(self._context, clock=runtime.clock)
         self._prefill = PrefillSide(kv_cache_config, self._block_tokens, self.book, self._adapters, runtime)
         self._decode = DecodeSide(
             settings,
@@ -90,8 +91,8 @@ class SchedulerSide:
 
     def _listen_of(self, parallel: Any) -> str:
         """Each data-parallel engine listens on its own port."""
-        host, port = split_address(self._settings.listen)
-        return f"tcp://{host}:{port + parallel.data_parallel_rank if port else 0}"
+        host, port = split_address(self._settings.listen, listen=True)
+        return join_address(host, port + parallel.data_parallel_rank if port else 0)
 
     def start(self, workers: dict[int, HandshakeMeta]) -> None:
         """All workers have registered their caches: peers may come as soon as the weights are known."""

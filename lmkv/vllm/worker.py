@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from lmkv.addresses import join_address, split_address
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import split_address
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Rank, RequestId, TransferId
 from lmkv.transport import MemoryKind
@@ -108,7 +108,7 @@ class WorkerSide:
         self._sizes = found.map().layer_block_bytes()
         if found.kind is MemoryKind.VRAM:
             self._fence = found.device.fence
-        host, _ = split_address(self._settings.listen)
+        host, _ = split_address(self._settings.listen, listen=True)
         port = self._settings.worker_port + self._rank if self._settings.worker_port else 0
         transport = self._runtime.transport(
             self._settings.transport, f"lmkv-{self._rank}-{self._runtime.entropy(8).hex()}"
@@ -119,7 +119,7 @@ class WorkerSide:
         if pool is not None:
             found = self._memory = found.with_region(pool.region)
         self._loop = WorkerLoop(
-            self._settings, self._rank, transport, found, f"tcp://{host}:{port}", pool, self._runtime
+            self._settings, self._rank, transport, found, join_address(host, port), pool, self._runtime
         )
         self._loop.start()
 

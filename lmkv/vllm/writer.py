@@ -84,7 +84,7 @@ class WorkerLoop:
         self._memory = memory
         self._context = runtime.context()
         self._inbox = Inbox(self._context, listen, settings.advertise)
-        self._outbox = Outbox(self._context, watch=True)
+        self._outbox = Outbox(self._context, watch=True, clock=runtime.clock)
         self._commands: deque[Command] = deque()
         self._results = Results()
         self._guard = Guard(f"worker loop {rank}", runtime.caught)

@@ -194,9 +194,11 @@ def test_what_it_does_not_take(controller: Running) -> None:
 
 
 def test_cards_that_cannot_be_followed(controller: Running) -> None:
-    bad = pw.NodeCard("bad", pw.Incarnation("bad"), "tcp://127.0.0.1:1", "ipc:///no", "tcp", b"", 0, 0)
-    controller.admin._socket.send(pw.encode(pw.NodeBeat(bad, 0, 0, 0, 0)))
-    until(lambda: controller.controller.counters["bad_cards"] == 1, "counted")
+    """One with an address that is none cannot even be read; one without a PUB is read, and not followed."""
+    for events, counter in (("ipc:///no", "unreadable"), ("", "bad_cards")):
+        bad = pw.NodeCard("bad", pw.Incarnation("bad"), "tcp://127.0.0.1:1", events, "tcp", b"", 0, 0)
+        controller.admin._socket.send(pw.encode(pw.NodeBeat(bad, 0, 0, 0, 0)))
+        until(lambda counter=counter: controller.controller.counters[counter] == 1, "counted")
     assert controller.states() == {}
 
 

@@ -193,11 +193,11 @@ def test_a_card_that_changes_while_the_pair_is_made() -> None:
 
 
 def test_only_what_must_match_is_taken_from_a_new_card() -> None:
-    """Memory and addresses of an incarnation never change: whoever says so is not it."""
+    """Within a pair, memory and addresses of an incarnation never change: whoever says so is not it."""
     a, _, net = pair()
     net.do(a, a.want(B, 0.0))
     forged = msgspec.structs.replace(card(B, "b1", ranks=3), layout={"x": "y"})
-    a.hello(forged)
+    a.hello(forged, 1)
     seen = a.ready_card(B)
     assert seen is not None and len(seen.workers) == 1 and seen.layout == {}
 

@@ -118,6 +118,9 @@ class PoolSide:
 
     def nodes(self, message: wire.PoolNodes) -> None:
         """From the endpoint's thread: a rank tells which nodes it can load from."""
+        if not 0 <= message.rank < self._world:
+            logger.warning("rank %d of this engine tells of pool nodes; it has %d", message.rank, self._world)
+            return
         self._rank_nodes[message.rank] = dict(message.nodes)
         if len(self._rank_nodes) == self._world:
             ranks = list(self._rank_nodes.values())
