@@ -32,6 +32,7 @@ from .pooled.shares import shapes
 from .pooled.side import PoolSide
 from .pooled.sources import Sources
 from .prefill import PrefillSide
+from .shadow import Probes
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class SchedulerSide:
         self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
         self._meta = StepMeta()
         self.book = LedgerBook()
+        self.probes = Probes(self._must["dtype"], self._must["kv_dtype"])
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._outbox = Outbox(self._context)
@@ -180,6 +182,7 @@ class SchedulerSide:
             self._endpoint.pair(params.peer_address)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        self.probes.scheduled(request, computed_tokens)
         return self._sources.matched_tokens(
             request, computed_tokens, self._sides.get(request.request_id) is self._decode
         )
