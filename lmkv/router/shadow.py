@@ -240,10 +240,11 @@ def _alarm(asked: Asked, told: dict[str, Any]) -> str:
     entry, attempt = asked.entry, asked.attempt
     (loaded, loaded_logprob), (computed, computed_logprob) = told["with_loaded_kv"][0], told["computed_again"][0]
     lo, hi = told["loaded_tokens"]
+    transfer_id = attempt.transfer_id or attempt.ledger_id
     return (
-        f"WRONG KV SUSPECTED: request {entry.request_id}, transfer {attempt.transfer_id or attempt.ledger_id}, on "
-        f"decode engine {attempt.decode}: with the KV of tokens {lo} to {hi} as it was loaded the first token is {loaded} "
-        f"({loaded_logprob:.4f}), computed again it is {computed} ({computed_logprob:.4f}); logprobs differ by "
-        f"{told['difference']:.4f}, more than {told['tolerance']:g}. It came from {json.dumps(told['sources'])}. "
-        f"See /explain/{entry.request_id}; {attempt.decode} still has this KV in its prefix cache"
+        f"WRONG KV SUSPECTED: request {entry.request_id}, transfer {transfer_id}, on decode engine {attempt.decode}: "
+        f"with the KV of tokens {lo} to {hi} as it was loaded the first token is {loaded} ({loaded_logprob:.4f}), "
+        f"computed again it is {computed} ({computed_logprob:.4f}); logprobs differ by {told['difference']:.4f}, more "
+        f"than {told['tolerance']:g}. It came from {json.dumps(told['sources'])}. See /explain/{entry.request_id}; "
+        f"{attempt.decode} still has this KV in its prefix cache"
     )

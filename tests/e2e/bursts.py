@@ -23,9 +23,11 @@ TIE_LOGPROB = 1e-3
 decides between them, with any engine."""
 
 COMMON = ("--dtype", "float32", "--max-model-len", "2048")
-ROOMY, WIDE_ROOMY = ("--num-gpu-blocks-override", "215"), ("--num-gpu-blocks-override", "54")
-"""6,900 tokens, in blocks of 32 and of 128: a burst of six fits, one of 24 with longer answers preempts."""
-SMALL_BLOCKS, LARGE_BLOCKS = ("--block-size", "32", *ROOMY), ("--block-size", "128", *WIDE_ROOMY)
+SMALL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "340")
+LARGE_BLOCKS = ("--block-size", "128", "--num-gpu-blocks-override", "85")
+"""10,900 tokens: a burst of six fits, one of 24 with longer answers preempts."""
+POOL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "215")
+"""Fewer, because requests that load from the pool share the blocks of their prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +41,22 @@ class Shape:
     requests: int = 6
     aborted: int = 2
     max_tokens: int = 12
+    tight: bool = False
+    """It is more than the engines' caches hold at once: running requests are preempted."""
 
 
 PLAIN_SHAPE = Shape()
-TIGHT_SHAPE = Shape(requests=24, aborted=4, max_tokens=130)
-"""More than the caches of the engines hold at once: running requests are preempted."""
+TIGHT_SHAPE = Shape(requests=24, aborted=4, max_tokens=130, tight=True)
 
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One way of sharing KV. Requests go to `urls` in turn. `grow` are the engines that generate."""
+    """One way of sharing KV. Requests go to `urls` in turn, those of a burst that preempts to `tight_urls`. `grow` are
+    the engines that generate."""
 
     name: str
     urls: tuple[str, ...]
+    tight_urls: tuple[str, ...]
     engines: tuple[Engine, ...]
     grow: tuple[Engine, ...]
     router: Router | None = None
@@ -122,7 +127,7 @@ def pushing_engines(run: Path, model: str) -> Iterator[dict[str, Mode]]:
             modes = {}
             for (name, router), decode in zip(routers.items(), (direct, landing), strict=True):
                 router.wait_ready()
-                modes[name] = Mode(name, (router.url,), (prefill, decode), (decode,), router)
+                modes[name] = Mode(name, (router.url,), (router.url,), (prefill, decode), (decode,), router)
             yield modes
 
 
@@ -134,7 +139,7 @@ def pooling_engines(
     node = Node.start("node", run)
     node.wait_ready()
     env = {"LMKV_LOOKUP_MS": "200"}  # engines, node and test share few cores
-    common = (*COMMON, *SMALL_BLOCKS, "--pool", node.address)
+    common = (*COMMON, *POOL_BLOCKS, "--pool", node.address)
     prefill = Engine.start("pool-prefill", "prefill", run, *common, *prefill_args, model=model, core="0", env=env)
     decode = Engine.start("pool-decode", "decode", run, *common, *decode_args, model=model, core="1", env=env)
     with stopping(prefill, decode, node):
@@ -185,14 +190,15 @@ async def burst(client: Client, mode: Mode, plain: Engine, title: str, shape: Sh
     started_s = time.monotonic()
     before = [await client.metric(engine, "vllm:num_preemptions_total") for engine in mode.grow]
     prompts = prompts_of(title, shape.requests + shape.aborted)
+    urls = mode.tight_urls if shape.tight else mode.urls
     openers = await _open(client, mode, title)
-    ours = await _ask_all(client, mode, prompts, shape, random.Random(title))
+    ours = await _ask_all(client, urls, prompts, shape, random.Random(title))
     await asyncio.gather(*openers)
     plains = await asyncio.gather(*(_ask(client, plain.url, prompt, shape) for prompt in prompts[: shape.requests]))
     tally = Tally(aborted=shape.aborted)
     for i, (our, expected) in enumerate(zip(ours, plains, strict=True)):
         verdict = await _judge(client, plain, our, expected)
-        url = mode.urls[i % len(mode.urls)]
+        url = urls[i % len(urls)]
         judged = Judged(prompts[i], our.text, expected.text, verdict, our.request_id, url)
         if verdict == "wrong" and mode.router is not None:
             judged.ledger = await explained(client, mode.router, our.request_id)
@@ -252,12 +258,12 @@ async def _open(client: Client, mode: Mode, title: str) -> list[asyncio.Task[_An
 
 
 async def _ask_all(
-    client: Client, mode: Mode, prompts: list[str], shape: Shape, chance: random.Random
+    client: Client, urls: tuple[str, ...], prompts: list[str], shape: Shape, chance: random.Random
 ) -> list[_Answer]:
     """All prompts at once; the last `shape.aborted` of them by clients that do not wait for the end. These are spread
     among the others."""
     tasks = {
-        i: asyncio.create_task(_ask(client, mode.urls[i % len(mode.urls)], prompts[i], shape))
+        i: asyncio.create_task(_ask(client, urls[i % len(urls)], prompts[i], shape))
         for i in chance.sample(range(len(prompts)), len(prompts))
     }
     leaving = [tasks[i] for i in range(shape.requests, len(prompts))]
