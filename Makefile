@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo test test-fast check bench-handover clean
+.PHONY: help setup models ucx demo test test-fast check soak bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -28,6 +28,9 @@ test-fast: setup ## the tests that start no engine and compile no CUDA
 
 check: setup ## linters, types, import floors, spelling
 	@scripts/check.sh
+
+soak: models ## bursts of requests to real engines, each answer compared with plain vLLM's (ARGS="--model smollm2 --requests 200")
+	@$(BIN)/python scripts/soak.py $(ARGS)
 
 bench-handover: models ## what a handover costs, beside vLLM's own connector
 	$(BIN)/python scripts/bench_handover.py $(ARGS)

@@ -17,25 +17,26 @@ from typing import Any
 
 from .bed import PROSE, Client, Engine, Node, Router, eventually, stopping
 
-PREFIX_CHARACTERS, OPENER_CHARACTERS = 4000, 7000
+PREFIX_CHARACTERS = 4000
+OPENERS, OPENER_CHARACTERS = 3, 7000
 TIE_LOGPROB = 1e-3
 """Two tokens whose logprobs differ by less than this are equally likely in float32: rounding that depends on the batch
 decides between them, with any engine."""
 
 COMMON = ("--dtype", "float32", "--max-model-len", "2048")
-SMALL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "340")
-LARGE_BLOCKS = ("--block-size", "128", "--num-gpu-blocks-override", "85")
-"""10,900 tokens: a burst of six fits, one of 24 with longer answers preempts."""
-POOL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "215")
-"""Fewer, because requests that load from the pool share the blocks of their prefix."""
+SMALL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "440")
+LARGE_BLOCKS = ("--block-size", "128", "--num-gpu-blocks-override", "110")
+"""14,080 tokens: a burst of six fits, one of 24 with longer answers preempts."""
+FEW_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "215")
+"""Half of it, because requests that load from the pool share the blocks of their prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
     """One burst. `aborted`: so many clients more send the same kind of request and go away before its end.
 
-    A request with another long prompt goes ahead of each burst: while the engine computes it, the burst queues, and
-    is then scheduled together.
+    Requests with other long prompts go ahead of each burst: while the engine computes those, the burst queues, and is
+    then scheduled in one step.
     """
 
     requests: int = 6
@@ -51,14 +52,14 @@ TIGHT_SHAPE = Shape(requests=24, aborted=4, max_tokens=130, tight=True)
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """One way of sharing KV. Requests go to `urls` in turn, those of a burst that preempts to `tight_urls`. `grow` are
-    the engines that generate."""
+    """One way of sharing KV. Requests go to `urls` in turn, those of a burst that preempts to `tight_urls`. `generate`
+    are the engines that compute answers, the others compute prompts only."""
 
     name: str
     urls: tuple[str, ...]
     tight_urls: tuple[str, ...]
     engines: tuple[Engine, ...]
-    grow: tuple[Engine, ...]
+    generate: tuple[Engine, ...]
     router: Router | None = None
 
 
@@ -139,9 +140,10 @@ def pooling_engines(
     node = Node.start("node", run)
     node.wait_ready()
     env = {"LMKV_LOOKUP_MS": "200"}  # engines, node and test share few cores
-    common = (*COMMON, *POOL_BLOCKS, "--pool", node.address)
-    prefill = Engine.start("pool-prefill", "prefill", run, *common, *prefill_args, model=model, core="0", env=env)
-    decode = Engine.start("pool-decode", "decode", run, *common, *decode_args, model=model, core="1", env=env)
+    common = (*COMMON, "--pool", node.address)
+    prefill_args, decode_args = (*common, *FEW_BLOCKS, *prefill_args), (*common, *SMALL_BLOCKS, *decode_args)
+    prefill = Engine.start("pool-prefill", "prefill", run, *prefill_args, model=model, core="0", env=env)
+    decode = Engine.start("pool-decode", "decode", run, *decode_args, model=model, core="1", env=env)
     with stopping(prefill, decode, node):
         prefill.wait_ready()
         decode.wait_ready()
@@ -151,8 +153,8 @@ def pooling_engines(
             both = (prefill, decode)
             yield (
                 {
-                    "pool": Mode("pool", (prefill.url, decode.url), both, both),
-                    "pool-pd": Mode("pool-pd", (router.url,), both, (decode,), router),
+                    "pool": Mode("pool", (prefill.url, decode.url), (decode.url, *7 * (prefill.url,)), both, both),
+                    "pool-pd": Mode("pool-pd", (router.url,), (router.url,), both, (decode,), router),
                 },
                 node,
             )
@@ -188,10 +190,13 @@ def opener_of(title: str) -> str:
 async def burst(client: Client, mode: Mode, plain: Engine, title: str, shape: Shape) -> Tally:
     """Ask `mode` and plain vLLM for the same prompts, each time all at once, and judge the answers."""
     started_s = time.monotonic()
-    before = [await client.metric(engine, "vllm:num_preemptions_total") for engine in mode.grow]
+    before = [await client.metric(engine, "vllm:num_preemptions_total") for engine in mode.generate]
     prompts = prompts_of(title, shape.requests + shape.aborted)
     urls = mode.tight_urls if shape.tight else mode.urls
-    openers = await _open(client, mode, title)
+    openers = [
+        asyncio.create_task(_ask(client, urls[i % len(urls)], opener_of(f"{title}, {i}"), PLAIN_SHAPE))
+        for i in range(OPENERS)
+    ]
     ours = await _ask_all(client, urls, prompts, shape, random.Random(title))
     await asyncio.gather(*openers)
     plains = await asyncio.gather(*(_ask(client, plain.url, prompt, shape) for prompt in prompts[: shape.requests]))
@@ -203,7 +208,7 @@ async def burst(client: Client, mode: Mode, plain: Engine, title: str, shape: Sh
         if verdict == "wrong" and mode.router is not None:
             judged.ledger = await explained(client, mode.router, our.request_id)
         tally.judged.append(judged)
-    after = [await client.metric(engine, "vllm:num_preemptions_total") for engine in mode.grow]
+    after = [await client.metric(engine, "vllm:num_preemptions_total") for engine in mode.generate]
     tally.preemptions = int(sum(after) - sum(before))
     tally.seconds = time.monotonic() - started_s
     return tally
@@ -242,19 +247,6 @@ class _Answer:
     prompt_ids: list[int]
     ids: list[int]
     request_id: str
-
-
-async def _open(client: Client, mode: Mode, title: str) -> list[asyncio.Task[_Answer]]:
-    """Have each engine that computes prompts at work: the requests that go ahead of a burst, as they begin to run."""
-    tasks = [asyncio.create_task(_ask(client, url, opener_of(title), PLAIN_SHAPE)) for url in mode.urls]
-    first = mode.engines[: len(mode.urls)]
-
-    async def at_work() -> bool:
-        running = [await client.metric(engine, "vllm:num_requests_running") for engine in first]
-        return any(running) or all(task.done() for task in tasks)
-
-    await eventually(at_work, "a request to begin")
-    return tasks
 
 
 async def _ask_all(
