@@ -28,7 +28,7 @@ from typing import Any
 
 import aiohttp
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests.e2e.bed import Client, Engine
 from tests.e2e.bursts import (
