@@ -132,13 +132,15 @@ class Shadows:
         try:
             async with asyncio.timeout(limit_s):
                 told = await self._compare(asked)
-        except TimeoutError:
-            told = {"result": "skipped_deadline", "why": f"not done within {limit_s:g} s"}
         except _SkippedError as skipped:
             told = {"result": f"skipped_{skipped.why}", "why": str(skipped)}
         except UnreadableError as error:
             told = {"result": "skipped_untold", "why": str(error)}
-        except (aiohttp.ClientError, OSError, ControlError) as error:
+        except (aiohttp.ClientError, ControlError) as error:  # also aiohttp's own time-outs, of connections
+            told = {"result": "skipped_failed", "why": str(error) or type(error).__name__}
+        except TimeoutError:
+            told = {"result": "skipped_deadline", "why": f"not done within {limit_s:g} s"}
+        except OSError as error:
             told = {"result": "skipped_failed", "why": str(error) or type(error).__name__}
         self._end(asked, told)
         if told["result"] == "different":
