@@ -30,7 +30,7 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.e2e.bed import Client, Engine
+from tests.e2e.bed import Engine
 from tests.e2e.bursts import (
     PLAIN_SHAPE,
     TIGHT_SHAPE,
@@ -38,6 +38,7 @@ from tests.e2e.bursts import (
     Mode,
     Tally,
     burst,
+    client_of,
     idle,
     plain_engine,
     pooling_engines,
@@ -48,7 +49,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MODELS = {"tiny": "tiny-llama", "smollm2": "SmolLM2-135M-Instruct"}
 MODES = ("direct", "landing", "pool", "pool-pd")
 TIGHT_EVERY = 8
-REQUEST_DEADLINE_S = 600.0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -82,9 +82,7 @@ def say(text: str) -> None:
 async def soak(mode: Mode, plain: Engine, model: str, options: argparse.Namespace) -> Tally:
     """Bursts until `options.requests` answers have been compared; progress after each."""
     tally = Tally()
-    timeout = aiohttp.ClientTimeout(total=REQUEST_DEADLINE_S)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        client = Client(session, model)
+    async with client_of(model) as client:
         number = 0
         while len(tally.judged) < options.requests:
             number += 1
@@ -176,8 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
         with plain_engine(run, model) as plain, running(run, model, options.modes) as modes:
             for mode in modes:
                 tallies[mode.name] = asyncio.run(soak(mode, plain, model, options))
-    except AssertionError as error:  # an engine that does not start, or does not answer
-        say(f"soak: {error}")
+    except (AssertionError, aiohttp.ClientError, TimeoutError) as error:  # an engine does not start, or does not answer
+        say(f"soak: {error or type(error).__name__} · read the logs in {run}")
         return 3
     result = result_of(options, tallies)
     if options.out is not None:

@@ -10,15 +10,18 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import aiohttp
 
 from .bed import PROSE, Client, Engine, Node, Router, eventually, stopping
 
 PREFIX_CHARACTERS = 4000
 OPENERS, OPENER_CHARACTERS = 3, 7000
+REQUEST_DEADLINE_S = 300.0
 TIE_LOGPROB = 1e-3
 """Two tokens whose logprobs differ by less than this are equally likely in float32: rounding that depends on the batch
 decides between them, with any engine."""
@@ -158,6 +161,16 @@ def pooling_engines(
                 },
                 node,
             )
+
+
+@contextlib.asynccontextmanager
+async def client_of(model: str) -> AsyncIterator[Client]:
+    """A client without limits, each of whose requests has a connection of its own: one that is kept open may be closed
+    by an engine just as the next burst begins."""
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    timeout = aiohttp.ClientTimeout(total=REQUEST_DEADLINE_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        yield Client(session, model)
 
 
 # --- prompts ---

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Iterator
 
-import aiohttp
 import pytest
 
 from .bed import Client, Engine
@@ -15,6 +14,7 @@ from .bursts import (
     Mode,
     Tally,
     bursts,
+    client_of,
     idle,
     plain_engine,
     pooling_engines,
@@ -52,9 +52,8 @@ def mode(request: pytest.FixtureRequest, modes: list[Mode]) -> Mode:
 
 @pytest.fixture
 async def client() -> AsyncIterator[Client]:
-    timeout = aiohttp.ClientTimeout(total=300)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
-        yield Client(session, TINY)
+    async with client_of(TINY) as client:
+        yield client
 
 
 def judge(tally: Tally) -> None:
