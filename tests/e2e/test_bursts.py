@@ -47,7 +47,8 @@ def modes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(params=[0, 1], ids=["first", "second"])
 def mode(request: pytest.FixtureRequest, modes: list[Mode]) -> Mode:
-    return modes[request.param]
+    which: int = request.param
+    return modes[which]
 
 
 @pytest.fixture
