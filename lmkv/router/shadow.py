@@ -30,6 +30,7 @@ from .headers import REQUEST_ID
 from .ledger import AttemptEntry, RequestEntry
 from .metrics import RouterMetrics
 from .settings import RouterSettings
+from .upstream import payload
 
 logger = logging.getLogger(__name__)
 
@@ -198,7 +199,7 @@ class Shadows:
     async def _probe(self, asked: Asked, engine: Engine, salt: str | None) -> Found:
         headers = asked.headers.copy()
         headers[REQUEST_ID] = f"shadow-{secrets.token_hex(12)}"
-        body = probe_body(asked.kind, asked.members, salt)
+        body = payload(probe_body(asked.kind, asked.members, salt))
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._settings.connect_timeout_s)
         url = engine.spec.url + asked.path
         async with self._session.post(url, data=body, headers=headers, timeout=timeout, allow_redirects=False) as reply:
