@@ -45,6 +45,7 @@ _PROBE_DROPS = _PREFILL_DROPS | {
     *("allowed_token_ids", "bad_words", "ignore_eos", "watermarking", "thinking_token_budget"),
     # how the answer is sent, and who asks
     *("return_token_offsets", "stream_interval", "request_id", "session_id", "user", "priority"),
+    *("return_mm_kwargs", "routed_experts_prompt_start", "ec_transfer_params"),
 }
 PROBE_LOGPROBS = 5
 
