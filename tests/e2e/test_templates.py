@@ -88,22 +88,28 @@ async def test_the_two_engines_make_other_prompts_of_as_many_tokens(dated: Dated
     assert sum(a != b for a, b in zip(theirs, ours, strict=True)) == 1
 
 
-async def test_no_answer_is_wrong_and_the_pool_is_clean(dated: Dated, client: Client) -> None:
-    """The router's answers are right, and so are those of a third engine that loads both engines' chunks."""
-    pages = dated.node.stats()["pages"]
-    expected = [await client.chat(dated.plain.url, question(i), max_tokens=24) for i in range(QUESTIONS)]
-    replies = [await client.chat(dated.router.url, question(i), max_tokens=24) for i in range(QUESTIONS)]
+async def test_no_answer_is_wrong_and_the_ledger_says_why_it_was_a_miss(dated: Dated, client: Client) -> None:
+    asked = range(QUESTIONS)
+    expected = [await client.chat(dated.plain.url, question(i), max_tokens=24) for i in asked]
+    replies = [await client.chat(dated.router.url, question(i), max_tokens=24) for i in asked]
     assert [reply.text for reply in replies] == [reply.text for reply in expected]
     for reply in replies:
         attempt = await client.explain(dated.router, reply.request_id)
         assert "prompt" in attempt["engines"]["decode"]["miss"], attempt["engines"]["decode"]
+
+
+async def test_the_pool_holds_nothing_wrong(dated: Dated, client: Client) -> None:
+    """A third engine loads what both engines have stored of their prompts, and answers both prompts as plain vLLM."""
+    pages, asked = dated.node.stats()["pages"], range(QUESTIONS, 2 * QUESTIONS)
+    for i in asked:
+        await client.chat(dated.router.url, question(i), max_tokens=24)
     await eventually(lambda: has_pages(dated, pages + 2 * QUESTIONS * 4), "both engines' chunks to be in the pool")
     before = await counters(dated.third)
-    for i, right in enumerate(expected):
-        assert (await client.chat(dated.third.url, question(i), max_tokens=24)).text == right.text
-        theirs = await rendered(client, dated.prefill, question(i))
-        from_pool = await client.complete(dated.third.url, theirs, max_tokens=24)
-        assert from_pool.text == (await client.complete(dated.plain.url, theirs, max_tokens=24)).text
+    for i in asked:
+        for engine in (dated.decode, dated.prefill):
+            prompt = await rendered(client, engine, question(i))
+            from_pool = await client.complete(dated.third.url, prompt, max_tokens=24)
+            assert from_pool.text == (await client.complete(dated.plain.url, prompt, max_tokens=24)).text, engine.role
     after = await counters(dated.third)
     loaded = after.get("pool:loaded_tokens", 0) - before.get("pool:loaded_tokens", 0)
     assert loaded >= 2 * QUESTIONS * 4 * CHUNK, "the third engine loaded what the two had stored"
