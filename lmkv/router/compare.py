@@ -1,11 +1,11 @@
 """Judging two computations of one prompt by the logprobs of their first token. Pure.
 
-Two correct computations of one prompt differ, because the shape of a batch decides in which order numbers are added, and
-one of the two takes a part of the prompt from the cache. Each layer rounds to the model's dtype, and in most models the
-largest logits lie between 16 and 32, where one unit in the last place is 2e-6 in float32, 0.016 in float16 and 0.125 in
-bfloat16. The errors of many layers add up to a few such units (SmolLM2 in bfloat16: 0.15 to 0.23). The tolerances are
-8 units in bfloat16, 16 in float16, and in float32 far more than any rounding. Caches of 8 bits or fewer lose more in each
-key and value than bfloat16 does in an activation. Wrong KV of a few hundred tokens moves logprobs by several nats.
+Two correct computations of one prompt differ, because the shape of a batch decides in which order numbers are added,
+and one of the two takes a part of the prompt from the cache. Each layer rounds to the model's dtype, and in most
+models the largest logits lie between 16 and 32, where one unit in the last place is 2e-6 in float32, 0.016 in float16
+and 0.125 in bfloat16. The errors of many layers add up to a few such units (seen with SmolLM2 in bfloat16: 0.15 to
+0.23). The tolerances are 8 units in bfloat16, 16 in float16, and in float32 far more than any rounding. Caches of 8
+bits or fewer lose more in each key and value than bfloat16 does in an activation.
 """
 
 from __future__ import annotations
