@@ -21,7 +21,7 @@ from .bursts import (
     pushing_engines,
 )
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 TINY = "tiny-llama"
 REQUESTS = 24

@@ -14,7 +14,7 @@ import pytest
 
 from .bed import MODELS, PROSE, Client, Engine, Node, Router, counters, eventually, stopping
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 TINY = "tiny-llama"
 CHUNK = 128
