@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo simulate test test-fast check peers bench-handover clean
+.PHONY: help setup models ucx demo simulate soak test test-fast check peers bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -34,6 +34,9 @@ check: setup ## linters, types, import floors, spelling
 
 peers: setup ## 5,000 peers that come and vanish: what engine, node, controller and router keep of them
 	$(BIN)/python -m tests.scale.peers $(ARGS)
+
+soak: models ## bursts of requests to real engines, each answer compared with plain vLLM's (ARGS="--model smollm2 --requests 200")
+	@$(BIN)/python scripts/soak.py $(ARGS)
 
 bench-handover: models ## what a handover costs, beside vLLM's own connector
 	$(BIN)/python scripts/bench_handover.py $(ARGS)

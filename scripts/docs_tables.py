@@ -13,7 +13,9 @@ from pydantic_settings import BaseSettings
 from lmkv import errors, layout, wire
 from lmkv.config import ConnectorSettings
 from lmkv.ids import EngineName, Incarnation, Rank
+from lmkv.obs import metrics
 from lmkv.pool.settings import ENV_PREFIX, NodeSettings
+from lmkv.router.metrics import RouterMetrics
 from lmkv.vllm.contents import FIELDS
 from lmkv.vllm.fingerprint import compare, is_direct
 
@@ -159,8 +161,20 @@ def contents_table() -> str:
     return "\n".join(lines)
 
 
+def metrics_table() -> str:
+    """The router's metrics by the names that /metrics has: a counter ends with _total."""
+    lines = ["| metric | labels | meaning |", "|---|---|---|"]
+    counters = {family.name for family in RouterMetrics().registry.collect() if family.type == "counter"}
+    for spec in metrics.TABLE:
+        name = f"{spec.name}_total" if spec.name in counters else spec.name
+        labels = ", ".join(f"`{label}`" for label in spec.labels) or "–"
+        lines.append(f"| `{name}` | {labels} | {spec.help} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "fingerprint.md": ("contents", contents_table),
+    "router.md": ("metrics", metrics_table),
     "connector.md": ("settings", settings_table),
     "pool.md": ("pool", pool_table),
     "errors.md": ("errors", errors_table),

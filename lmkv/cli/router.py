@@ -36,6 +36,12 @@ def router(
     control_interval_s: Annotated[_Float, typer.Option(help="Pause between control questions. [2]")] = None,
     meet_timeout_s: Annotated[_Float, typer.Option(help="Deadline of pairing two engines. [30]")] = None,
     ledger_requests: Annotated[_Int, typer.Option(help="So many requests can be explained. [4096]")] = None,
+    shadow_share: Annotated[
+        _Float, typer.Option(help="Share of requests with loaded KV to compute again and compare, 0 to 1. [0]")
+    ] = None,
+    shadow_tolerance: Annotated[
+        _Float, typer.Option(help="A logprob may differ by this much. [by the engine's dtype]")
+    ] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
     as_json: Annotated[bool, typer.Option("--json", help="Print the ready line as JSON.")] = False,
 ) -> None:

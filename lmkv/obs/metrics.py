@@ -33,6 +33,8 @@ TABLE = (
     Spec("lmkv_router_first_byte_seconds", "From a request's arrival to its first byte to the client.",
          ("endpoint",), _SECONDS),
     Spec("lmkv_router_prefill_seconds", "From dispatch to the answer of a prefill engine.", ("engine",), _SECONDS),
+    Spec("lmkv_router_shadow", "Requests drawn for computing their loaded KV again, by result: equal, different, or "
+         "skipped_ and why.", ("result",)),
     Spec("lmkv_router_in_flight", "Requests being served now."),
     Spec("lmkv_router_engine_up", "1 while the engine is healthy.", ("side", "engine")),
     Spec("lmkv_router_engine_requests", "Requests of this router in flight at an engine.", ("side", "engine")),

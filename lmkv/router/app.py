@@ -159,6 +159,8 @@ async def _explain(request: web.Request) -> web.Response:
 
 
 async def _engines_of(router: Router, attempt: AttemptEntry) -> dict[str, Any]:
+    if attempt.ledger_id is not None:
+        return {"decode": await _told_by(router, attempt.decode, attempt.ledger_id)}
     if attempt.transfer_id is None or attempt.prefill is None:
         return {}
     sides = {"prefill": attempt.prefill, "decode": attempt.decode}

@@ -38,6 +38,17 @@ _PREFILL_DROPS = frozenset(
 )
 _PREFILL_DROP_PREFIX = "guided_"
 
+_PROBE_DROPS = _PREFILL_DROPS | {
+    # how to sample: a probe is greedy, and its logprobs are compared
+    *("max_completion_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "use_beam_search", "length_penalty"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "repetition_detection", "logit_bias"),
+    *("allowed_token_ids", "bad_words", "ignore_eos", "watermarking", "thinking_token_budget"),
+    # how the answer is sent, and who asks
+    *("return_token_offsets", "stream_interval", "request_id", "session_id", "user", "priority"),
+    *("return_mm_kwargs", "routed_experts_prompt_start", "ec_transfer_params"),
+}
+PROBE_LOGPROBS = 5
+
 
 class Kind(StrEnum):
     """The two generation endpoints."""
@@ -127,13 +138,44 @@ def decode_body(members: Members, transfer_id: TransferId, prefill_address: str)
     )
 
 
-def aggregated_body(members: Members) -> bytes:
-    """The client's body, put together anew so that no engine reads a repeated name differently than the router did."""
-    return _encoder.encode(members)
+def aggregated_body(members: Members, ledger_id: TransferId | None = None) -> bytes:
+    """The client's body, put together anew so that no engine reads a repeated name differently than the router did.
+
+    `ledger_id`: the engine is to note under this name what it loads for the request.
+    """
+    if ledger_id is None:
+        return _encoder.encode(members)
+    return _encoder.encode(members | {"kv_transfer_params": _with_lmkv(members, {"ledger": ledger_id})})
+
+
+def probe_body(kind: Kind, members: Members, salt: str | None) -> bytes:
+    """The client's prompt for one greedy token with its logprobs, which neither loads from the pool nor stores there.
+
+    With a fresh `salt` nothing is in the prefix cache for it, so that all is computed; None keeps the client's own.
+    """
+    kept = {
+        name: value
+        for name, value in members.items()
+        if name not in _PROBE_DROPS and not name.startswith(_PREFILL_DROP_PREFIX)
+    }
+    asked: dict[str, Any] = {"max_tokens": 1, "temperature": 0, "stream": False, "return_tokens_as_token_ids": True}
+    if kind is Kind.CHAT:
+        asked |= {"logprobs": True, "top_logprobs": PROBE_LOGPROBS}
+    else:
+        asked |= {"logprobs": PROBE_LOGPROBS}
+    if salt is not None:
+        asked["cache_salt"] = salt
+    kept |= {name: msgspec.Raw(_encoder.encode(value)) for name, value in asked.items()}
+    kept["kv_transfer_params"] = _with_lmkv(members, {"probe": True, "approximate": True})
+    return _encoder.encode(kept)
 
 
 def _transfer_params(members: Members, transfer_id: TransferId, side: Side, peer_address: str) -> msgspec.Raw:
     lmkv = {"transfer_id": transfer_id, "role": side, "peer": {"address": peer_address}}
+    return _with_lmkv(members, lmkv)
+
+
+def _with_lmkv(members: Members, lmkv: dict[str, Any]) -> msgspec.Raw:
     return msgspec.Raw(_encoder.encode({**_own_transfer_params(members), "lmkv": lmkv}))
 
 

@@ -23,6 +23,7 @@ from .metrics import RouterMetrics
 from .pairs import PairKeeper, PairState
 from .policy import DECODE_POLICIES, PREFILL_POLICIES, Choice, Snapshot, choose
 from .settings import RouterSettings
+from .shadow import Shadows
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +65,10 @@ class Router:
             self._spawn(f"health {engine.name}", self.health.run(engine))
         for name, work in self.pairs.tasks():
             self._spawn(name, work)
+        self.shadows = Shadows(self.session, self.control, self.engines, self.metrics, self.settings)
 
     async def stop(self) -> None:
+        await self.shadows.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -106,6 +109,7 @@ class Router:
         """Requests in flight finish; after `drain_s` they are cut off, which takes `cut_s` at most."""
         self.draining = True
         self._idle = asyncio.Event()
+        await self.shadows.close()
         if self.in_flight:
             logger.info("stopping: %d requests in flight get %g s", len(self.in_flight), drain_s)
             with contextlib.suppress(TimeoutError):

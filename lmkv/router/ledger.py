@@ -28,6 +28,8 @@ class AttemptEntry(msgspec.Struct):
     first_token_ms: float | None = None
     trouble: str = ""
     """Why the attempt failed; empty if its answer went to the client."""
+    ledger_id: TransferId | None = None
+    """Name of decode's ledger for an attempt without a transfer that was drawn for a shadow check."""
 
 
 class RequestEntry(msgspec.Struct):
@@ -49,6 +51,8 @@ class RequestEntry(msgspec.Struct):
     finished_ms: float | None = None
     sent_bytes: int = 0
     outcome: str = "in flight"
+    shadow: dict[str, Any] | None = None
+    """What computing it again has shown, if it was drawn for that; see lmkv.router.shadow."""
 
     def now_ms(self) -> float:
         return round((time.monotonic() - self.arrived_s) * 1000, 3)

@@ -20,6 +20,7 @@ class RouterMetrics:
         self.client_aborts = counter("lmkv_router_client_aborts", self.registry)
         self.first_byte_s = histogram("lmkv_router_first_byte_seconds", self.registry)
         self.prefill_s = histogram("lmkv_router_prefill_seconds", self.registry)
+        self.shadow = counter("lmkv_router_shadow", self.registry)
         self.in_flight = gauge("lmkv_router_in_flight", self.registry)
         self.engine_up = gauge("lmkv_router_engine_up", self.registry)
         self.engine_requests = gauge("lmkv_router_engine_requests", self.registry)

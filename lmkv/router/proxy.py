@@ -30,6 +30,7 @@ from .replies import (
     error_event,
     error_response,
 )
+from .shadow import Asked
 from .upstream import Attempt, AttemptFailedError, Opened, Upstream
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,10 @@ class Exchange:
         self._request_id = request_id
         self._reply: web.StreamResponse | None = None
         """Set as soon as something has gone to the client."""
+        self._drawn = router.shadows.draw()
+        self._members: Members = {}
+        self._headers: CIMultiDict[str] = CIMultiDict()
+        """What the engines are asked with, for a comparison afterwards."""
 
     async def run(self) -> web.StreamResponse:
         router = self._router
@@ -62,6 +67,10 @@ class Exchange:
                 raise
             finally:
                 entry.finished_ms = entry.now_ms()
+                if self._drawn and entry.status == 200 and entry.outcome == "answered":
+                    router.shadows.begin(
+                        Asked(self._kind, self._request.path, self._members, self._headers, entry, entry.attempts[-1])
+                    )
                 router.metrics.requests.labels(self._kind, entry.mode, str(entry.status or "none")).inc()
 
     async def _answer(self, entry: RequestEntry) -> web.StreamResponse:
@@ -73,6 +82,8 @@ class Exchange:
         unfit = bodies.why_aggregated(self._kind, members) or ""
         entry.streamed = bodies.wants_stream(members)
         headers = upstream_headers(self._request.headers, self._request_id, settings.api_key, settings.engine_api_key)
+        if self._drawn:
+            self._members, self._headers = members, headers
         failed: list[AttemptFailedError] = []
         avoid: set[str] = set()
         for _ in range(settings.retries + 1):
@@ -117,10 +128,12 @@ class Exchange:
         router, path = self._router, self._request.path_qs
         assert choice.decode is not None
         decode = router.engines[choice.decode]
+        ledger_id = None
         if choice.prefill is None:
             entry.mode, entry.aggregated_why, transfer_id = "aggregated", choice.aggregated, None
             router.metrics.aggregated.labels(choice.aggregated).inc()
-            to_decode = Upstream(decode, path, headers, bodies.aggregated_body(members))
+            ledger_id = router.new_transfer_id() if self._drawn else None
+            to_decode = Upstream(decode, path, headers, bodies.aggregated_body(members, ledger_id))
             to_prefill = None
         else:
             entry.mode, entry.aggregated_why, transfer_id = "pd", "", router.new_transfer_id()
@@ -132,6 +145,7 @@ class Exchange:
         attempt = AttemptEntry(
             transfer_id, choice.prefill, choice.decode, choice.prefill_why, choice.decode_why, entry.now_ms()
         )
+        attempt.ledger_id = ledger_id
         router.ledger.add(entry, attempt)
         return Attempt(router.session, router.settings, router.metrics, entry, attempt, to_decode, to_prefill)
 

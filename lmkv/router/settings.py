@@ -50,6 +50,18 @@ class RouterSettings(CommandSettings):
     explain_timeout_s: float = Field(2.0, gt=0, description="/explain waits this long for the engines' ledgers")
     ledger_requests: int = Field(4096, ge=1, description="so many requests can be explained")
 
+    shadow_share: float = Field(
+        0.0, ge=0, le=1, description="this share of the requests whose KV was loaded is computed again and compared"
+    )
+    shadow_tolerance: float | None = Field(
+        None, gt=0, description="a logprob may differ by this much; by default it depends on the engine's dtype"
+    )
+    shadow_at_once: int = Field(1, ge=1, description="so many comparisons run at the same time")
+    shadow_busy_requests: int = Field(
+        4, ge=1, description="no comparison while so many requests are in flight at the decode engine"
+    )
+    shadow_timeout_s: float = Field(60.0, gt=0, description="deadline of one comparison")
+
     @field_validator("prefill", "decode", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:

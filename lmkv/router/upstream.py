@@ -184,11 +184,16 @@ class Attempt:
     async def _post(self, upstream: Upstream, timeout: aiohttp.ClientTimeout) -> aiohttp.ClientResponse:
         return await self._session.post(
             upstream.engine.spec.url + upstream.path,
-            data=io.BytesIO(upstream.body) if len(upstream.body) > _ONE_WRITE_BYTES else upstream.body,
+            data=payload(upstream.body),
             headers=upstream.headers,
             timeout=timeout,
             allow_redirects=False,
         )
+
+
+def payload(body: bytes) -> bytes | io.BytesIO:
+    """A request body as it is given to aiohttp: a large one goes to the socket in pieces."""
+    return io.BytesIO(body) if len(body) > _ONE_WRITE_BYTES else body
 
 
 def _is_deadline(error: BaseException) -> bool:

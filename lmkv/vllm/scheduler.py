@@ -38,6 +38,7 @@ from .pooled.shares import shapes
 from .pooled.side import PoolSide
 from .pooled.sources import Sources
 from .prefill import PrefillSide
+from .shadow import Probes
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class SchedulerSide:
         self._block_tokens = tuple(g.kv_cache_spec.block_size for g in kv_cache_config.transfer_groups)
         self._meta = StepMeta()
         self.book = LedgerBook()
+        self.probes = Probes(self._must["dtype"], self._must["kv_dtype"])
         self._endpoint = EngineEndpoint(self._listen_of(parallel), settings.advertise, self.book, runtime)
         self._context = runtime.context()
         self._outbox = Outbox(self._context, clock=runtime.clock)
@@ -228,6 +230,7 @@ class SchedulerSide:
             self._endpoint.pair(params.peer_address)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
+        self.probes.scheduled(request, computed_tokens)
         if self._broken:
             return 0, False
         return self._sources.matched_tokens(

@@ -277,7 +277,8 @@ class Client:
                 return attempt
             return None
 
-        return await eventually(closed, f"the ledger of {request_id} to be closed")
+        found: dict[str, Any] = await eventually(closed, f"the ledger of {request_id} to be closed")
+        return found
 
     async def metric(self, engine: Engine, name: str) -> float:
         async with self.session.get(f"{engine.url}/metrics") as response:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+import torch
+
+from lmkv import LmkvClient
 
 from .bed import PROSE, Client, Engine, Node, Router, counters, eventually, stopping
 
@@ -157,3 +162,71 @@ async def test_parked_kv_is_loaded_from_the_pool(handover: Handover, client: Cli
     now = await counters(handover.decode)
     assert now.get("miss:parked", 0) == mark.get("miss:parked", 0) + 1
     assert now.get("pool:loaded_tokens", 0) - mark.get("pool:loaded_tokens", 0) == 4 * CHUNK
+
+
+# --- shadow checks ---
+
+
+async def shadow_of(client: Client, router: Router, request_id: str) -> dict[str, Any]:
+    """What the check of this request has shown, once it has ended."""
+
+    async def ended() -> dict[str, Any] | None:
+        async with client.session.get(f"{router.url}/explain/{request_id}") as response:
+            shadow: dict[str, Any] | None = (await response.json())["shadow"]
+        return shadow if shadow and shadow["result"] != "running" else None
+
+    found: dict[str, Any] = await eventually(ended, f"the shadow check of {request_id}")
+    return found
+
+
+def checking_router(run: Path, prefill: list[Engine], decode: Engine) -> Router:
+    return Router.start("checking", run, prefill, [decode], "--shadow-share", "1")
+
+
+async def test_right_kv_passes_the_shadow_check(handover: Handover, client: Client, tmp_path: Path) -> None:
+    """Chat and completions, streamed and not: pushed KV leads to the first token that computing leads to."""
+    router = checking_router(tmp_path, [handover.prefill], handover.decode)
+    with stopping(router):
+        router.wait_ready()
+        for ask, stream in (
+            (client.complete, False),
+            (client.complete, True),
+            (client.chat, False),
+            (client.chat, True),
+        ):
+            reply = await ask(router.url, f"Shadow of {ask.__name__}, stream {stream}. {PROSE[:3000]}", stream=stream)
+            shadow = await shadow_of(client, router, reply.request_id)
+            assert shadow["result"] == "equal", shadow
+            assert shadow["tolerance"] == 0.01 and shadow["compared_tokens"] >= 3 * CHUNK
+    await client.all_blocks_free(handover.prefill, handover.decode)
+
+
+async def test_wrong_pages_fail_the_shadow_check(handover: Handover, client: Client, tmp_path: Path) -> None:
+    """KV of a prompt's first chunks, right by its checksums and wrong by its content, is in the pool under their names:
+    nothing saves the answer, but the check names the node and the pages. Right pages pass."""
+    node, engine = handover.node, handover.decode
+    (space,) = node.stats()["namespaces"]
+    bad, good = [await prompt_of(client, engine, title, 600) for title in ("Poisoned", "Sound")]
+    with LmkvClient(node.address, layers=4, heads=4, head_dim=32, dtype="float32") as writer:
+        writer.namespace = bytes.fromhex(space)
+        kv = torch.randn((4, 2, 4, 3 * CHUNK, 32), generator=torch.Generator().manual_seed(1))
+        assert writer.store(bad[: 3 * CHUNK], kv).stored == 3
+    pages = node.stats()["pages"]
+    await client.complete(handover.prefill.url, good, max_tokens=1)
+    await stored(node, pages + 4)
+    router = checking_router(tmp_path, [], engine)
+    with stopping(router):
+        router.wait_ready()
+        poisoned = await client.complete(router.url, bad)
+        told = await shadow_of(client, router, poisoned.request_id)
+        assert told["result"] == "different", told
+        assert told["sources"]["pool"]["namespace"] == space
+        (found,) = told["sources"]["pool"]["nodes"].values()
+        assert found["pages"] == 3
+        log = router.proc.log.read_text()
+        assert "WRONG KV SUSPECTED" in log and found["last_key"] in log and poisoned.request_id in log
+        sound = await client.complete(router.url, good)
+        assert (await shadow_of(client, router, sound.request_id))["result"] == "equal"
+        async with client.session.get(f"{router.url}/metrics") as response:
+            assert 'lmkv_router_shadow_total{result="different"} 1.0' in await response.text()
+    await client.reset_cache(engine)

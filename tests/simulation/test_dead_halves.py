@@ -96,7 +96,7 @@ def request(name: str, role: str, tid: str) -> Any:
 
 @pytest.fixture
 def side(world: SteppedRuntime, monkeypatch: pytest.MonkeyPatch) -> SchedulerSide:
-    monkeypatch.setattr(scheduler, "must_match", lambda config, version: {})
+    monkeypatch.setattr(scheduler, "must_match", lambda config, version: {"dtype": "d", "kv_dtype": "k"})
     monkeypatch.setattr(scheduler, "weight_sources", lambda config: ())
     monkeypatch.setattr(scheduler, "lora_settings", lambda config: "")
     for half in (prefill, decode):

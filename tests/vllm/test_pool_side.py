@@ -129,6 +129,24 @@ def test_workers_are_told_the_name(bed: SideBed) -> None:
     assert bed.told == [MANIFEST.description()]
 
 
+@pytest.mark.parametrize("params", [{"transfer_id": "e" * 32, "role": "decode"}, {"ledger": "e" * 32}])
+@pytest.mark.parametrize("good", [2 * CHUNK, 0])
+def test_what_was_loaded_stands_in_the_ledger(bed: SideBed, params: dict[str, str], good: int) -> None:
+    request = make_request("r", 2 * CHUNK + 10, kv_transfer_params={"lmkv": params})
+    fill(bed, request, 2)
+    bed.side.new_request(request, False)
+    bed.found(request)
+    bed.side.allocated(request, bed.blocks(), (0, 2 * CHUNK))
+    bed.step(request, 0, 0)
+    bed.side.take([LoadReport("r", good, "" if good else "corrupt", 1, 0.1)], Counter())
+    ledger = bed.book.to_json("e" * 32)
+    if not good:
+        assert ledger == b""
+        return
+    pool = json.loads(ledger)["pool"]
+    assert pool["tokens"] == [0, 2 * CHUNK] and [node["pages"] for node in pool["nodes"].values()] == [2]
+
+
 def test_a_prompt_in_the_pool_is_loaded_and_its_rest_stored(bed: SideBed) -> None:
     request = make_request("r", 5 * CHUNK + 10)
     fill(bed, request, 3)

@@ -19,6 +19,8 @@ from lmkv.hashing import Chain, Manifest
 from lmkv.ids import Incarnation, Rank, RequestId
 from lmkv.obs.ledger import LedgerBook
 
+from ..params import ledger_id
+from ..shadow import pool_source
 from ..specs import BlockRange, LoadReport, LoadSpec, StoreSpec
 from ..steps import scheduled
 from .adapters import Adapters
@@ -315,6 +317,8 @@ class PoolSide:
         if reason:
             logger.warning("of %d tokens from the pool %d are used: %s", spec.tokens[1], good, reason)
             pooled.known = min(pooled.known, good // self._settings.chunk_tokens)
+        if good > spec.tokens[0] and (name := ledger_id(pooled.request.kv_transfer_params)) is not None:
+            self._book.update(name, pool=pool_source(spec, good))
         corrupt = {page.key: page for report in pooled.reports for page in report.corrupt}
         self._lookups.corrupt(spec.namespace, list(corrupt.values()))
         pooled.loading = None
