@@ -3,9 +3,8 @@
 Used by the worker loop's thread alone. A peer is *silent* when its Beats stay away for a lease or our connection to it
 is lost: it may be alive and still write. It is *fenced* when a data plane that closes both directions has lost it:
 nothing it had posted lands any more, and it may come back. It is *dead* only by proof: its process has ended (looked up
-on the same host), or another process has taken its control address there; then what it had sent is given time to
-drain. Proof, or the peer's own answer, is what ends the quarantine of blocks granted to it; a timer alone never does.
-A peer that is lost without proof is watched as long as it holds something of ours, and it may come back.
+on the same host), or another process has taken its control address there; then what it had sent gets time to drain.
+Proof or the peer's own answer ends the quarantine of its blocks, never a timer; until then the peer is watched.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,7 +12,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError, TransferError, TransportError
-from lmkv.ids import Rank, RequestId, TransferId
+from lmkv.ids import Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.fanout import transfer_of
 from lmkv.transfer.outgoing import SenderLimits
@@ -23,6 +23,7 @@ from . import memory
 from .checking import ALL_PPM, is_checked
 from .checksums import Checksums
 from .commands import LayersDone, Ready, StepDone
+from .early import Early
 from .peers import Peers
 from .source import Source
 from .specs import BlockRange, OfferSpec
@@ -30,10 +31,6 @@ from .targets import Targets
 from .trace import facts
 
 logger = logging.getLogger(__name__)
-
-_EARLY_TRANSFERS = 1024
-_EARLY_SLOTS = 1024
-"""Of one transfer, credited before its grant; decode lends a few to each writer."""
 
 
 class Sending:
@@ -73,7 +70,7 @@ class Sending:
         )
         self._revoked: set[TransferId] = set()
         self._sources: dict[TransferId, Source] = {}
-        self._early_credits: OrderedDict[TransferId, list[wire.Credit]] = OrderedDict()
+        self._early = Early()
         self._ops: dict[OpId, tuple[TransferId, int]] = {}
         self._done: deque[ev.WriteDone] = deque()
         self._sent: list[RequestId] = []
@@ -166,13 +163,17 @@ class Sending:
         if len(grant.block_ids) != len(self._layers) or len(grant.first_block) != len(self._layers):
             logger.warning("grant of %s dropped: it names %d groups", grant.transfer_id, len(grant.block_ids))
             return
+        met = self._peers.met(grant.incarnation)
+        if met is None:
+            self._early.hold_grant(grant)
+            return
         source = self._source(grant.transfer_id)
         # Of a duplicate, or of one that the machine refuses, the block ids must not replace those in use.
         source.grants.setdefault((grant.incarnation, grant.epoch), grant)
         source.trace.granted_s = source.trace.granted_s or now_s
-        met = self._peers.met(grant.incarnation)
-        ranks = sorted(met[1].sends) if met else [self._rank]
-        if met and grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
+        card, meeting = met
+        ranks = sorted(meeting.sends)
+        if grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
             logger.info("grant of %s dropped: it is from before the pair was made anew", grant.transfer_id)
             self._fail_other(grant, ranks, "it was granted before the pair was made anew")
             self._tell(source.fan.withdraw("its grant is from before the pair was made anew"), now_s)
@@ -187,17 +188,23 @@ class Sending:
         self._tell(source.fan.open(ranks), now_s)
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
         prompt = ev.Prompt(grant.prompt_digest, grant.prompt_tokens)
-        workers, wait_s = (met[0].workers, met[0].times.deadline_s) if met else ((), 0.0)
         for rank in ranks:
             peer, lane = ev.Peer(grant.incarnation, rank), source.fan.lane(rank)
-            slot_bytes = workers[rank].slot_bytes if workers and grant.landing else 0
-            checked = bool(workers) and workers[rank].checked_ppm >= ALL_PPM
+            worker = card.workers[rank]
+            slot_bytes = worker.slot_bytes if grant.landing else 0
+            checked, wait_s = worker.checked_ppm >= ALL_PPM, card.times.deadline_s
             self.handle(ev.Granted(peer, lane, grant.epoch, blocks, prompt, slot_bytes, wait_s, checked), now_s)
             if self._forget_if_closed(grant.transfer_id):  # late: it was answered from the tombstone
                 self._fail_other(grant, ranks[1:])
                 return
-        for credit in self._early_credits.pop(grant.transfer_id, []):
+        for credit in self._early.take_credits(grant.transfer_id):
             self.credit_came(credit, now_s)
+
+    def introduced(self, incarnation: Incarnation, now_s: float) -> None:
+        """The engine has become a peer: what it has granted before is served now."""
+        if self._peers.met(incarnation) is not None:
+            for grant in self._early.take_grants(incarnation):
+                self.grant_came(grant, now_s)
 
     def _forget_if_closed(self, tid: TransferId) -> bool:
         source = self._sources.get(tid)
@@ -213,18 +220,11 @@ class Sending:
         for rank in ranks:
             self._answer(ev.Peer(grant.incarnation, rank), failed)
 
-    def _hold_early(self, credit: wire.Credit) -> None:
-        held = self._early_credits.setdefault(credit.transfer_id, [])
-        if sum(1 + len(early.slots) for early in held) + len(credit.slots) < _EARLY_SLOTS:
-            held.append(credit)
-        while len(self._early_credits) > _EARLY_TRANSFERS:
-            self._early_credits.popitem(last=False)
-
     def credit_came(self, credit: wire.Credit, now_s: float) -> None:
         """Grants come from decode's engine, credits from its ranks: either may be first."""
         source = self._sources.get(credit.transfer_id)
         if source is None or (credit.incarnation, credit.epoch) not in source.grants:
-            self._hold_early(credit)
+            self._early.hold_credit(credit)
             return
         lane = source.fan.lane(credit.rank)
         peer = ev.Peer(credit.incarnation, credit.rank)
@@ -232,6 +232,7 @@ class Sending:
 
     def cancel_came(self, message: wire.Cancel, now_s: float) -> None:
         peer = ev.Peer(message.incarnation, message.rank)
+        self._early.cancel(message.transfer_id)
         source = self._sources.get(message.transfer_id)
         lane = source.fan.lane(message.rank) if source else message.transfer_id
         self.handle(ev.CancelCame(peer, lane, message.epoch), now_s)
@@ -324,20 +325,8 @@ class Sending:
         local, remote = self._targets.extents(pal, rect, source_ids, grant, action.slot)
         trace = source.trace
         trace.first_post_s = trace.first_post_s or self._clock()
-        note = wire.WriteNote(
-            grant.transfer_id,
-            action.epoch,
-            self._rank,
-            action.seq,
-            rect.group,
-            rect.layer_lo,
-            rect.layer_hi,
-            rect.block_lo,
-            rect.block_hi,
-            self._machine.limits.rect_bytes(rect),
-            self._checksum(pal.worker.checked_ppm, action, local),
-            action.slot,
-        )
+        checksum = self._checksum(pal.worker.checked_ppm, action, local)
+        note = source.note(action, self._rank, self._machine.limits.rect_bytes(rect), checksum)
         if grant.transfer_id in self._revoked:
             raise TransferError("its blocks are being overwritten")
         if len(local) == 0:
@@ -388,9 +377,7 @@ class Sending:
         self._revoked.discard(tid)
         if action.request_id is not None:
             self._sent.append(action.request_id)
-        worst = next((end for end in source.outcomes if end.outcome is not ev.SendOutcome.SENT), action)
-        trace = source.trace
-        trace.finished_s, trace.outcome, trace.reason = now_s, worst.outcome.value, worst.reason
+        worst, trace = source.end(action, now_s), source.trace
         grant = max(source.grants.values(), key=lambda g: g.epoch, default=None)
         lanes = source.fan.lanes
         pal = self._peers.find(ev.Peer(grant.incarnation, min(lanes))) if grant is not None and lanes else None

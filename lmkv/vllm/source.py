@@ -8,7 +8,7 @@ from pathlib import Path
 from lmkv import wire
 from lmkv.ids import Epoch, Incarnation, Rank, TransferId
 from lmkv.transfer import events as ev
-from lmkv.transfer.fanout import Fan
+from lmkv.transfer.fanout import Fan, transfer_of
 from lmkv.transfer.plan import KvMap, runs_for
 
 from . import dump, memory
@@ -31,6 +31,30 @@ class Source:
     @staticmethod
     def of(tid: TransferId, rank: Rank, groups: int) -> Source:
         return Source(SendTrace(tid, rank), tuple([] for _ in range(groups)), Fan(tid))
+
+    def end(self, last: ev.Finished, now_s: float) -> ev.Finished:
+        """The last lane has ended: the trace is complete but for the clock offset. Returns the worst of the ends."""
+        worst = next((end for end in self.outcomes if end.outcome is not ev.SendOutcome.SENT), last)
+        self.trace.finished_s, self.trace.outcome, self.trace.reason = now_s, worst.outcome.value, worst.reason
+        return worst
+
+    def note(self, action: ev.PostWrite, rank: Rank, payload_bytes: int, checksum: int | None) -> wire.WriteNote:
+        """What goes with a write."""
+        rect = action.rect
+        return wire.WriteNote(
+            transfer_of(action.transfer_id),
+            action.epoch,
+            rank,
+            action.seq,
+            rect.group,
+            rect.layer_lo,
+            rect.layer_hi,
+            rect.block_lo,
+            rect.block_hi,
+            payload_bytes,
+            checksum,
+            action.slot,
+        )
 
     def dump(self, folder: str, grant: wire.Grant, found: memory.KvMemory, own: KvMap) -> None:
         """Write what was sent into files, to be compared with decode's (tests)."""

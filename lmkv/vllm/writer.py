@@ -18,7 +18,7 @@ from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.control.wake import has_mail
-from lmkv.errors import PeerLostError, StateError, WireError
+from lmkv.errors import TransportError, WireError
 from lmkv.ids import Rank, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transport import Completion, Event, Notification, OpId, PeerId, PeerLost, Transport
@@ -43,23 +43,16 @@ from .commands import (
 )
 from .failures import Failures
 from .memory import KvMemory
-from .pal import REMOTE_DRAIN_S, Loss
+from .pace import BUSY_S, pause_s
+from .pal import Loss
 from .peers import Peers
 from .pooled.rank import PoolRank
 from .receiving import Receiving
+from .replacing import Replacing
+from .results_box import ResultsBox
 from .sending import Sending
 
 logger = logging.getLogger(__name__)
-
-PACE_S = 0.00005
-BUSY_S = 0.001
-SLOW_S = 0.008
-IDLE_S = 0.05
-"""A data plane without descriptors is polled this often: while pages are loaded, while something is expected, while
-writes take long, and otherwise."""
-LONG_S = 0.005
-"""A rank that only sends and has seen no write end for so long has a slow link. To look every millisecond would then
-push a few packets at a time, and cost the engine on the same core a tenth of its speed."""
 
 
 class WorkerLoop:
@@ -86,11 +79,9 @@ class WorkerLoop:
         self._inbox = Inbox(self._context, listen, settings.advertise)
         self._outbox = Outbox(self._context, watch=True, clock=runtime.clock)
         self._commands: deque[Command] = deque()
-        self._results = Results()
+        self._results = ResultsBox(runtime.wait)
         self._guard = Guard(f"worker loop {rank}", runtime.caught)
         self._is_over = False
-        self._results_lock = threading.Lock()
-        self._has_results = threading.Event()
         self._fences: list[Preempted] = []
         self._pool = pool
         self._is_watched = False
@@ -98,16 +89,20 @@ class WorkerLoop:
         self._stored = threading.Event()
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
-        self._lost_ops: list[tuple[float, OpId]] = []
-        """Operations that a replaced data plane had in flight, and when nothing of them can land any more."""
-        self._irreplaceable = False
         self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone, self._holds)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
         self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
+        replacing = Replacing(
+            transport,
+            self._peers,
+            lambda: f"lmkv-{rank}-{runtime.entropy(8).hex()}",
+            pool.peer_lost if pool is not None else lambda peer, reason: None,
+            self._completed,
+        )
         self._ticks = [
             ("peers", self._peers.tick),
-            ("data plane", self._replace_data_plane),
+            ("data plane", replacing.tick),
             ("sending", self._sending.tick),
             ("receiving", self._receiving.tick),
             *([("pool", pool.tick)] if pool is not None else []),
@@ -149,12 +144,7 @@ class WorkerLoop:
 
     def take(self, wait_s: float = 0.0) -> Results:
         """What has ended since the last call; waits so long for something to end."""
-        if wait_s and self.alive:
-            self._runtime.wait(self._has_results, wait_s)
-        with self._results_lock:
-            results, self._results = self._results, Results()
-            self._has_results.clear()
-        return results
+        return self._results.take(wait_s if self.alive else 0.0)
 
     def drain(self, timeout_s: float) -> bool:
         """Wait until everything that was to be stored in the pool is there; False if it took too long."""
@@ -191,7 +181,7 @@ class WorkerLoop:
     def _let_go(self) -> None:
         """Nobody of the engine waits for what will not be done. Nothing is read from its blocks any more."""
         self._stored.set()
-        self._has_results.set()
+        self._results.release()
         fences, self._fences = self._fences, []
         for fence in fences:
             fence.drained.set()
@@ -234,13 +224,13 @@ class WorkerLoop:
 
     def _pause_s(self, now_s: float) -> float:
         """Between two polls of a data plane without descriptors."""
-        if self._pool is not None and self._pool.hurries(now_s):
-            return PACE_S
-        if self._receiving.active or self._peers.warming or (self._pool is not None and self._pool.waiting):
-            return BUSY_S
-        if self._transport.in_flight == 0:
-            return IDLE_S
-        return BUSY_S if now_s - self._ended_s < LONG_S else SLOW_S
+        pool = self._pool
+        return pause_s(
+            hurries=pool is not None and pool.hurries(now_s),
+            awaits=self._receiving.active or self._peers.warming or (pool is not None and pool.waiting),
+            in_flight=self._transport.in_flight,
+            since_s=now_s - self._ended_s,
+        )
 
     def _blocked(self) -> bool:
         """The next command waits for the device."""
@@ -321,6 +311,7 @@ class WorkerLoop:
                 self._receiving.answer_came(message, now_s)
             case wire.Introduce():
                 self._peers.introduce(message, now_s)
+                self._sending.introduced(message.card.incarnation, now_s)
             case wire.Dismiss():
                 self._peers.dismiss(message.incarnation, message.dead)
             case wire.PoolName() if self._pool is not None:
@@ -345,16 +336,18 @@ class WorkerLoop:
             case Completion(op, error):
                 self._ended_s = now_s
                 self._transport.release(op)
-                if self._peers.completed(op, error, now_s):
-                    return
-                if self._pool is None or not self._pool.completed(op, error, now_s):
-                    self._sending.completed(op, error, now_s)
+                if not self._peers.completed(op, error, now_s):
+                    self._completed(op, error, now_s)
             case Notification(transport_id, payload):
                 self._take_note(transport_id, payload, now_s)
             case PeerLost(transport_id, reason):
                 if self._pool is not None and self._pool.peer_lost(transport_id, reason):
                     return
                 self._peers.transport_lost(transport_id, reason)
+
+    def _completed(self, op: OpId, error: TransportError | None, now_s: float) -> None:
+        if self._pool is None or not self._pool.completed(op, error, now_s):
+            self._sending.completed(op, error, now_s)
 
     def _take_note(self, transport_id: PeerId, payload: bytes, now_s: float) -> None:
         peer = self._peers.peer_of(transport_id)
@@ -369,32 +362,6 @@ class WorkerLoop:
             logger.warning("note of unknown peer %s dropped", transport_id)
             return
         self._receiving.note_came(peer, note, now_s)
-
-    def _replace_data_plane(self, now_s: float) -> None:
-        """The way out of a quarantine that nobody can end: a new data plane, to which old connections do not lead.
-
-        Writes of ours that were in flight may still land at their targets for a while, so their end is told only then.
-        """
-        for due_s, op in [lost for lost in self._lost_ops if lost[0] <= now_s]:
-            self._lost_ops.remove((due_s, op))
-            error = PeerLostError("the data plane was made anew")
-            if self._pool is None or not self._pool.completed(op, error, now_s):
-                self._sending.completed(op, error, now_s)
-        overdue = self._peers.overdue(now_s)
-        if not overdue or self._irreplaceable:
-            return
-        try:
-            ops, peers = self._transport.replace(f"lmkv-{self._rank}-{self._runtime.entropy(8).hex()}")
-        except StateError as error:
-            logger.error("blocks that %s may still write stay in quarantine: %s", overdue, error)
-            self._irreplaceable = True
-            return
-        logger.error("the data plane was made anew, to free what lost peers may still write: %s", overdue)
-        for transport_id in peers if self._pool is not None else ():
-            assert self._pool is not None
-            self._pool.peer_lost(transport_id, "the data plane was made anew")
-        self._lost_ops += [(now_s + REMOTE_DRAIN_S, op) for op in ops if not self._peers.is_probe(op)]
-        self._peers.replaced(self._transport.export())
 
     def _peer_gone(self, peer: ev.Peer, loss: Loss) -> None:
         now_s = self._runtime.clock()
@@ -424,6 +391,4 @@ class WorkerLoop:
         else:
             self._stored.clear()
         if fresh:
-            with self._results_lock:
-                self._results.add(fresh)
-                self._has_results.set()
+            self._results.add(fresh)

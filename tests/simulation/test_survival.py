@@ -241,7 +241,7 @@ def test_credits_before_their_grant_are_few(world: SteppedRuntime, engine: Engin
     for slots in (tuple(range(100)), ()):
         for _ in range(5000):
             sending.credit_came(wire.Credit(Incarnation("x"), Rank(0), TID, Epoch(1), slots), world.clock())
-    held = sending._early_credits[TID]
+    held = sending._early._credits[TID]
     assert 0 < sum(1 + len(credit.slots) for credit in held) <= 1024
 
 

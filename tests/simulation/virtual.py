@@ -14,6 +14,7 @@ from typing import Any
 from lmkv.control.runtime import START_S, Part, Runtime
 from lmkv.transport import Transport, open_transport
 from tests.simulation.hosts import Offers, VirtualHost
+from tests.simulation.lanes import NEVER_S, Once, SteppedLane
 from tests.simulation.mail import VirtualContext
 from tests.simulation.network import Network
 from tests.simulation.plane import SteppedPlane
@@ -22,7 +23,6 @@ logger = logging.getLogger(__name__)
 
 EPOCH_S = 1000.0
 """Time at the start: lmkv takes 0.0 for "has not happened"."""
-NEVER_S = float("inf")
 
 
 class VirtualClock:
@@ -137,69 +137,6 @@ class SteppedRunner:
         self.world.leave(self)
 
 
-class _Once:
-    """A Part that calls a function in its first turn."""
-
-    def __init__(self, world: SteppedRuntime, process: Process, name: str, function: Callable[[], None]) -> None:
-        self._function = function
-        self._due_s = world.clock() + world.chance.uniform(0.0, world.background_s)
-        self._runner = SteppedRunner(world, process, name, self)
-        self._runner.start()
-
-    def open(self) -> None:
-        """Nothing to open."""
-
-    def turn(self, now_s: float) -> None:
-        if now_s >= self._due_s:
-            self._runner.stop()
-            self._function()
-
-    def next_s(self, now_s: float) -> float:
-        return max(0.0, self._due_s - now_s)
-
-    def descriptors(self) -> Sequence[int] | None:
-        return None
-
-    def end(self) -> None:
-        """Nothing to close."""
-
-
-class SteppedLane:
-    """See lmkv.control.runtime.Lane: a Part that does one job a turn, each some time after it came."""
-
-    def __init__(self, world: SteppedRuntime, process: Process, name: str) -> None:
-        self._world = world
-        self._jobs: deque[tuple[float, Callable[[], Any]]] = deque()
-        self._runner = SteppedRunner(world, process, name, self)
-        self._runner.start()
-
-    def submit(self, job: Callable[..., Any], /, *args: Any) -> None:
-        due_s = self._world.clock() + self._world.chance.uniform(0.0, self._world.lane_s)
-        self._jobs.append((due_s, lambda: job(*args)))
-        self._runner.wake()
-
-    def shutdown(self, wait: bool = True) -> None:
-        while self._jobs:
-            self._jobs.popleft()[1]()
-        self._runner.stop()
-
-    def open(self) -> None:
-        """Nothing to open."""
-
-    def turn(self, now_s: float) -> None:
-        if self._jobs and self._jobs[0][0] <= now_s:
-            self._jobs.popleft()[1]()
-
-    def next_s(self, now_s: float) -> float:
-        return max(0.0, self._jobs[0][0] - now_s) if self._jobs else NEVER_S
-
-    def descriptors(self) -> Sequence[int] | None:
-        return None
-
-    def end(self) -> None:
-        """Nothing to close."""
-
-
 class Process:
     """One virtual process: `runtime` is what its parts are given. `name` is unique among the living."""
 
@@ -219,7 +156,7 @@ class Process:
             transport=self._open_transport,
             entropy=entropy.randbytes,
             runner=runner,
-            background=lambda title, function: _Once(world, self, title, function),
+            background=lambda title, function: Once(world, self, title, function),
             lane=lambda title: SteppedLane(world, self, title),
             wait=world.wait,
             caught=world.note_caught,
@@ -303,6 +240,10 @@ class SteppedRuntime:
         self._lives[name] = self._lives.get(name, 0) + 1
         made = self.processes[name] = Process(self, name, host, self._lives[name])
         return made
+
+    def runner(self, process: Process, name: str, part: Part) -> SteppedRunner:
+        """A runner for a part of the process."""
+        return SteppedRunner(self, process, name, part)
 
     def forget(self, process: Process) -> None:
         """It has died: its parts get no more turns, and its shared memory is no more offered."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import socket
 from collections.abc import Iterator
-from functools import partial
 from threading import Event
 from typing import Any
 
@@ -18,7 +17,6 @@ from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transfer.events import PROMPT_FAULT, Peer, Prompt
 from lmkv.transport import OpId, PeerId
 from lmkv.vllm.checking import ALL_PPM, is_checked
-from lmkv.vllm.commands import Preempted
 
 from .loop_bed import PROMPT, Pair, until
 
@@ -175,15 +173,13 @@ def test_a_revoked_transfer_never_counts(when: str, policy: str, monkeypatch: py
         pair.close()
 
 
-def test_giving_up_a_preemption_ends_the_transfer(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_giving_up_a_preemption_ends_the_transfer(pair: Pair) -> None:
     pair.expect(T, INTO)
     pair.grant(T, INTO)
     pair.offer(T)
     pair.compute(T, FROM[:2], last=False)
     sending = pair.prefill.loop._sending
-    monkeypatch.setattr(sending, "preempted", partial(sending.preempted, gave_up=True))
-    sending.revoke([T])
-    pair.prefill.submit(Preempted((T,)))
+    pair.prefill.loop.revoke((T,))
     assert pair.report(T).outcome == "failed"
     assert pair.ledger(T)["outcome"] == "failed"
     assert not sending._revoked, "nothing is remembered of an ended transfer"
