@@ -43,8 +43,11 @@ class Driver:
         self.unended = 0
         self.requests = 0
         start_s = clock()
+        self.last_s = start_s
+        """When the last request arrives that does not follow another."""
         for plan in load.requests():
-            self.at(start_s + plan.at_s, lambda now_s, plan=plan: self._arrive(plan, now_s))
+            self.last_s = start_s + plan.at_s
+            self.at(self.last_s, lambda now_s, plan=plan: self._arrive(plan, now_s))
 
     # --- the part ---
 
@@ -106,7 +109,7 @@ class Driver:
         self._send(decode, job, plan, plan.abort_s, plan.decode_delay_s, now_s)
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
-        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt)
+        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, counts=plan.abort_s < 0)
 
     def _send(
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float

@@ -42,6 +42,8 @@ class Job:
     params: dict[str, Any] | None = None
     salt: str | None = None
     seed: int = 0
+    counts: bool = True
+    """Nobody hangs up: what it could load has to be loaded where nothing goes wrong."""
     answer: list[int] = field(default_factory=list)
     ended: str = ""
     on_end: Callable[[Job], None] = lambda job: None
@@ -86,6 +88,9 @@ class SimEngine:
         self._pool = self.scheduler.kv_cache_manager.block_pool
         self.free_at_start = self._pool.get_num_free_blocks()
         self._watch_frees()
+        self._loads: dict[str, tuple[int, int]] = {}
+        """Loads under way: tokens [lo, hi)."""
+        self._watch_loads()
         self._flying: deque[Step] = deque()
         self._arrivals: deque[Job] = deque()
         self._aborts: list[str] = []
@@ -193,9 +198,7 @@ class SimEngine:
         self._flying.append(step)
         self.runner.launch(step)
         working = bool(step.pieces)
-        self._pause_s = STEP_S if working else min(MOST_IDLE_S, self._pause_s * 1.5) if not working else IDLE_S
-        if working:
-            self._pause_s = STEP_S
+        self._pause_s = STEP_S if working else min(MOST_IDLE_S, self._pause_s * 1.5)
         self.due_s = now_s + (self._rnd.random() * STEP_S if working or self._flying else self._pause_s)
 
     def _was_done(self, request_id: str) -> bool:
@@ -217,8 +220,34 @@ class SimEngine:
             sequence = self.runner.sequence(request, job.seed, fresh)
             (table,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
             before = computed[request_id]
+            self._count_loaded(request, before)
             pieces.append(Piece(sequence, block_array(table), before, before + count))
         return pieces
+
+    def _watch_loads(self) -> None:
+        """Counts the tokens that vLLM lets the connector load, and those that it need not compute afterwards."""
+        connector = self.scheduler.connector
+        matched, allocated = connector.get_num_new_matched_tokens, connector.update_state_after_alloc
+        local: dict[str, int] = {}
+
+        def watched_match(request: Any, computed: int) -> Any:
+            local[request.request_id] = computed
+            return matched(request, computed)
+
+        def watched_alloc(request: Any, blocks: Any, external: int) -> None:
+            computed = local.pop(request.request_id, 0)
+            if external:
+                self._loads[request.request_id] = (computed, computed + external)
+            allocated(request, blocks, external)
+
+        connector.get_num_new_matched_tokens, connector.update_state_after_alloc = watched_match, watched_alloc
+
+    def _count_loaded(self, request: Any, before: int) -> None:
+        lo, hi = self._loads.pop(request.request_id, (0, 0))
+        if hi and self.jobs[request.request_id].counts:
+            self._events["tokens:loadable"] += hi - lo
+            # vLLM computes the last token of a prompt again, also if all of it was loaded.
+            self._events["tokens:loaded"] += hi - lo if before >= hi - 1 else max(0, before - lo)
 
     def _same_step_hits(self, step: Step) -> None:
         n = self.kind.block_tokens
@@ -253,6 +282,7 @@ class SimEngine:
 
     def _end(self, request_id: str, how: str) -> None:
         job = self.jobs.pop(request_id)
+        self._loads.pop(request_id, None)
         self._lives.pop(request_id, None)
         job.ended = how
         job.on_end(job)

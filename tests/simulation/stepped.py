@@ -12,6 +12,7 @@ from lmkv.pool.settings import NodeSettings
 
 from .driver import Driver
 from .engine import SimEngine
+from .faults import Faults
 from .load import Load
 from .plan import WorldPlan
 from .result import Result
@@ -33,6 +34,7 @@ class SteppedWorld:
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
+        self._processes: list[Process] = []
         self.engines: list[SimEngine] = []
         kinds = (*plan.prefills, *plan.decodes)
         for i, kind in enumerate(kinds):
@@ -43,11 +45,26 @@ class SteppedWorld:
             self._rnd, self.runtime.clock, self.engines[:p], self.engines[p:], load, self.fail, self.events
         )
         self.driver.wake = self.runtime.process("clients").start_part("driver", self.driver).wake
+        if plan.faults:
+            Faults(self, self._rnd, self.driver.at, self.driver.last_s)
 
-    def _node(self, number: int) -> tuple[Process, PoolNode]:
+    def engine_processes(self) -> list[Process]:
+        return self._processes
+
+    def node_processes(self) -> list[Process]:
+        return [process for process, _ in self.nodes]
+
+    def restart_node(self, process: Process) -> None:
+        """The node dies, and another comes to its address."""
+        number = self.node_processes().index(process)
+        address = self.nodes[number][1].card.address
+        process.kill()
+        self.nodes[number] = self._node(number, address)
+
+    def _node(self, number: int, listen: str = "tcp://127.0.0.1:0") -> tuple[Process, PoolNode]:
         process = self.runtime.process(f"node{number}", f"host{number}")
         settings = NodeSettings(
-            listen="tcp://127.0.0.1:0",
+            listen=listen,
             capacity=f"{self.plan.node_kib}KiB",
             transport="inproc://",
             name=process.name,
@@ -60,6 +77,7 @@ class SteppedWorld:
 
     def _engine(self, number: int, kind: Any) -> SimEngine:
         process = self.runtime.process(f"engine{number}", f"host{number % 2}")
+        self._processes.append(process)
         settings = self.plan.settings | {
             "transport": self.plan.transport,
             "pool": [node.card.address for _, node in self.nodes],

@@ -1,0 +1,111 @@
+"""Faults of a stepped world, drawn by its seed: slow and lost mail, cut hosts, bad writes, stalled and dead processes."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .virtual import Process, SteppedRuntime
+
+At = Callable[[float, Callable[[float], None]], None]
+"""Runs an action at a time."""
+
+
+class World(Protocol):
+    """What faults are done to."""
+
+    runtime: SteppedRuntime
+    events: Counter[str]
+
+    def engine_processes(self) -> list[Process]: ...
+
+    def node_processes(self) -> list[Process]: ...
+
+    def restart_node(self, process: Process) -> None: ...
+
+
+class Faults:
+    """`at` is the driver's agenda. Every fault ends by itself, so that a world can come to rest."""
+
+    def __init__(self, world: World, rnd: random.Random, at: At, until_s: float) -> None:
+        self._world = world
+        self._rnd = rnd
+        self._at = at
+        kinds: list[Callable[[], None]] = [
+            self._spoil_writes,
+            self._spoil_writes,
+            self._hold,
+            self._stall,
+            self._slow_mail,
+            self._reset,
+            self._cut,
+            self._kill_node,
+        ]
+        now_s = world.runtime.clock()
+        for _ in range(rnd.randrange(10, 30)):
+            kind = rnd.choice(kinds)
+            at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
+
+    def _do(self, kind: Callable[[], None]) -> None:
+        self._world.events[f"fault:{kind.__name__.strip('_')}"] += 1
+        kind()
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        self._at(self._world.runtime.clock() + seconds, lambda now_s: action())
+
+    def _planes(self) -> list[Any]:
+        """Data planes of all that live; those of nodes twice."""
+        processes = [*self._world.engine_processes(), *self._world.node_processes() * 2]
+        return [plane for process in processes for plane in process.transports.values()]
+
+    def _spoil_writes(self) -> None:
+        """Some of the coming operations fail, or arrive with a wrong byte."""
+        plane = self._rnd.choice(self._planes())
+        if self._rnd.random() < 0.6:
+            plane.faults.corrupt_next += self._rnd.randrange(1, 4)
+        else:
+            plane.faults.fail_next += self._rnd.randrange(1, 4)
+
+    def _hold(self) -> None:
+        """What is in flight lands late, cancelled or not."""
+        plane = self._rnd.choice(self._planes())
+        plane.faults.hold = True
+
+        def end() -> None:
+            plane.faults.hold = False
+
+        self._later(self._rnd.uniform(0.01, 0.5), end)
+
+    def _stall(self) -> None:
+        """A process gets no turns."""
+        processes = [*self._world.engine_processes(), *self._world.node_processes()]
+        self._rnd.choice(processes).stall(self._rnd.choice([0.02, 0.2, 1.0, 6.0]))
+
+    def _slow_mail(self) -> None:
+        faults = self._world.runtime.network.faults
+        faults.slow = 0.3
+
+        def end() -> None:
+            faults.slow = 0.0
+
+        self._later(self._rnd.uniform(0.1, 1.0), end)
+
+    def _reset(self) -> None:
+        """Connections between two processes break; some mail is lost."""
+        names = [p.name for p in (*self._world.engine_processes(), *self._world.node_processes())]
+        one, other = self._rnd.sample(names, 2)
+        self._world.runtime.network.reset(one, other)
+
+    def _cut(self) -> None:
+        """The two hosts do not reach each other for a while."""
+        network = self._world.runtime.network
+        network.cut("host0", "host1")
+        self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0]), lambda: network.heal("host0", "host1"))
+
+    def _kill_node(self) -> None:
+        """A pool node dies and comes back, empty, at its address."""
+        nodes = self._world.node_processes()
+        if nodes:
+            self._world.restart_node(self._rnd.choice(nodes))
