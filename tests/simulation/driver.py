@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,11 @@ from .engine import Job, SimEngine
 from .kinds import SHAPE
 from .load import Load, RequestPlan
 from .values import answer
+
+
+def _seed_of(salt: str | None) -> int:
+    """KV differs by salt, which a model's does not: so it is seen when KV of one salt is used for another."""
+    return zlib.crc32(salt.encode()) if salt else 0
 
 
 class Driver:
@@ -106,7 +112,7 @@ class Driver:
         self._send(decode, job, plan, plan.abort_s, plan.decode_delay_s, now_s)
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
-        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt)
+        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, _seed_of(plan.salt))
 
     def _send(
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float
