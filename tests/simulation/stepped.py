@@ -16,6 +16,7 @@ from .load import Load
 from .plan import WorldPlan
 from .remains import of_engine, of_node
 from .result import Result
+from .stream import Device
 from .virtual import Process, SteppedRuntime
 from .watch import watch
 from .witness import Witness
@@ -37,6 +38,9 @@ class SteppedWorld:
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
         self.witness = Witness(self.fail, self.events, strict=not plan.faults)
+        self._device_chance = random.Random(f"device-{plan.seed}")
+        self._devices_stand_still = self._device_chance.random() < 0.25
+        """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self.engines: list[SimEngine] = []
         kinds = (*plan.prefills, *plan.decodes)
@@ -76,6 +80,9 @@ class SteppedWorld:
         watch(engine, self.events)
         self.witness.engine(engine)
         engine.wake = process.start_part("engine", engine).wake
+        if kind.is_async and not self._devices_stand_still:
+            stream = engine.runner.stream
+            stream.wake = process.start_part("device", Device(stream, self._device_chance)).wake
         return engine
 
     def fail(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The mutants. Texts are looked up, not lines, so that they stay true while code moves; each must be there exactly once.
+"""The mutants. Texts are looked up, not lines, so that they stay true while code moves; each must be there once.
 
 `needs` names what a world must have for the mutated code to run at all; worlds without it are passed over, since they
 would run as if nothing had been changed.
