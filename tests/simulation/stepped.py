@@ -38,8 +38,9 @@ class SteppedWorld:
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
         self.witness = Witness(self.fail, self.events, strict=not plan.faults)
-        self._device_chance = random.Random(f"device-{plan.seed}")
-        self._devices_stand_still = self._device_chance.random() < 0.25
+        chance = self._device_chance = random.Random(f"device-{plan.seed}")
+        self.runtime.late = chance.choice([0.0, 0.02, 0.1])
+        self._devices_stand_still = chance.random() < 0.25
         """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self.engines: list[SimEngine] = []

@@ -21,7 +21,7 @@ from lmkv.pool.serve import open_tiers
 from lmkv.pool.settings import NodeSettings
 from lmkv.transport import Transport
 from lmkv.vllm import memory
-from lmkv.vllm.commands import Loading, Results, Stored
+from lmkv.vllm.commands import BlockHold, Loading, Results, Stored
 from lmkv.vllm.endpoint import EngineEndpoint
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.pooled.lookup import Lookup, Lookups
@@ -96,7 +96,7 @@ class Engine:
 
     def store(self, blocks: tuple[int, ...]) -> None:
         spec = StoreSpec(REQUEST, NAMESPACE, 0, tuple(self.keys(len(blocks))), (BlockRange(0, 0, blocks),))
-        self.loop.submit(Stored((spec,), None))
+        self.loop.submit(Stored((spec,), (BlockHold(),), None))
         assert self.loop.drain(10.0)
 
     def seek(self, chunks: int, wait_s: float = 0.0) -> Lookup:
@@ -115,7 +115,7 @@ class Engine:
         until_s = self.world.clock() + 5.0
         tokens = (0, len(blocks) * CHUNK)
         spec = LoadSpec(REQUEST, NAMESPACE, tokens, (BlockRange(0, 0, blocks),), tuple(lookup.pages), until_s)
-        self.loop.submit(Loading((spec,)))
+        self.loop.submit(Loading((spec,), None))
         (report,) = self.take("loads")
         self.lookups.release(lookup.leases)
         assert isinstance(report, LoadReport)

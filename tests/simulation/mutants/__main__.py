@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -133,7 +133,8 @@ def main() -> int:
     seeds = list(range(options.seeds))
     results: list[Found] = []
     with ThreadPoolExecutor(options.processes) as workers:
-        for future in [workers.submit(try_mutant, mutant, seeds, options.allow_missing) for mutant in chosen]:
+        tries = [workers.submit(try_mutant, mutant, seeds, options.allow_missing) for mutant in chosen]
+        for future in as_completed(tries):
             results.append(future.result())
             _show(results[-1])
         caught = sorted({found.seed for found in results if found.seed is not None})
