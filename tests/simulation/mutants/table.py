@@ -223,10 +223,9 @@ WORKER = (
         "report-lost",
         "worker",
         "a transfer that was abandoned is never reported",
-        "lmkv/vllm/receiving.py",
-        "self._reports.append(RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))",
-        'if action.outcome.value != "abandoned":\n            self._reports.append('
-        "RankReport(tid, action.request_id, action.outcome.value, drained, action.reason))",
+        "lmkv/transfer/receiver.py",
+        "if not grant.undrained and grant.phase is Phase.CANCELLING:",
+        "if not grant.undrained and grant.phase is Phase.CANCELLING and grant.outcome is not ReceiveOutcome.ABANDONED:",
     ),
 )
 
