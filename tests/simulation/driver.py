@@ -106,7 +106,8 @@ class Driver:
             return {"lmkv": {"transfer_id": transfer, "role": role, "peer": {"address": peer.address}}}
 
         if first:
-            half = self._job(replace(plan, max_tokens=1), f"p{number}", params("prefill", decode))
+            theirs = plan.prefill_prompt or plan.prompt
+            half = self._job(replace(plan, max_tokens=1, prompt=theirs), f"p{number}", params("prefill", decode))
             self._send(prefill, half, plan, plan.abort_s, plan.prefill_delay_s, now_s)
         job = self._job(plan, f"d{number}", params("decode", prefill))
         self._send(decode, job, plan, plan.abort_s, plan.decode_delay_s, now_s)
@@ -143,7 +144,7 @@ class Driver:
         prompt = job.prompt + job.answer + self._load.fresh(self._rnd.randrange(1, 40))
         if len(prompt) > self._load.longest:
             return
-        following = replace(plan, prompt=prompt, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
+        following = replace(plan, prompt=prompt, prefill_prompt=None, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
         pause_s = self._rnd.random() * 0.05
         self.unended += 1  # until it arrives
 
