@@ -94,7 +94,7 @@ class Load:
 
     def _one(self, at_s: float, prompt: list[int], turns: int = 0) -> RequestPlan:
         rnd = self._rnd
-        route = "pd" if rnd.random() < self._pd else rnd.choice(["decode", "decode", "prefill"])
+        route = "pd" if rnd.random() < self._pd else rnd.choice(["decode", "prefill"])
         plan = RequestPlan(at_s, prompt[: self.longest], rnd.choice(self._outputs), route, turns=turns)
         lag = rnd.random()
         if lag < self._late:

@@ -74,7 +74,7 @@ def _caught(seed: int) -> str:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     found = [*outcome.failures, *outcome.leaks]
     found += [f"{outcome.unended} requests have not ended"] if outcome.unended else []
-    return found[0].strip().splitlines()[-1] if found else ""
+    return " | ".join(line.strip() for line in found[0].strip().splitlines()[-3:]) if found else ""
 
 
 def main() -> None:
