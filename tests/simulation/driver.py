@@ -105,12 +105,15 @@ class Driver:
         def params(role: str, peer: SimEngine) -> dict[str, object]:
             return {"lmkv": {"transfer_id": transfer, "role": role, "peer": {"address": peer.address}}}
 
-        # A client that goes takes both halves along; either may also end alone (an error of its engine).
-        ends = self._rnd.choice(("pd", "p", "d")) if plan.abort_s >= 0 else ""
+        # A client that goes takes both halves along; either may also end alone (an error of its engine), and decode's
+        # may never be sent (the router has died).
+        ends = self._rnd.choice(("pd", "p", "d", "p-alone")) if plan.abort_s >= 0 else ""
         if first:
             theirs = plan.prefill_prompt or plan.prompt
             half = self._job(replace(plan, max_tokens=1, prompt=theirs), f"p{number}", params("prefill", decode))
             self._send(prefill, half, plan, plan.abort_s if "p" in ends else -1.0, plan.prefill_delay_s, now_s)
+        if ends == "p-alone":
+            return
         job = self._job(plan, f"d{number}", params("decode", prefill))
         self._send(decode, job, plan, plan.abort_s if "d" in ends else -1.0, plan.decode_delay_s, now_s)
 

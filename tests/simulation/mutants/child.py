@@ -54,6 +54,7 @@ def _has(plan: Any, needs: str) -> bool:
         "pool": bool(plan.nodes),
         "unlike": plan.is_unlike,
         "async": any(kind.is_async for kind in engines),
+        "async prefill": any(kind.is_async for kind in plan.prefills),
     }[needs]
 
 

@@ -28,7 +28,7 @@ class Mutant:
     before: str
     after: str
     needs: str = ""
-    """"pool", "unlike" or "async": only such worlds are run."""
+    """"pool", "unlike", "async" or "async prefill": only such worlds are run."""
     waits_for: str = ""
     """Set while the code that is mutated is not in the tree yet: why. Passed over then with --allow-missing."""
 
@@ -62,6 +62,7 @@ SCHEDULER = (
         "lmkv/vllm/prefill.py",
         "if preempted is not None and preempted.announced:",
         "if preempted is not None and preempted.announced and not preempted.done:",
+        needs="async prefill",
     ),
     Mutant(
         "partial-block-sent",
@@ -133,7 +134,7 @@ WORKER = (
         "lmkv/vllm/worker.py",
         "Ready(pushes, self._fence(), ",
         "Ready(pushes, None, ",
-        needs="async",
+        needs="async prefill",
     ),
     Mutant(
         "layers-without-fence",
@@ -142,7 +143,7 @@ WORKER = (
         "lmkv/vllm/worker.py",
         "LayersDone(step.pushes, group, lo, hi, self._fence(), ",
         "LayersDone(step.pushes, group, lo, hi, None, ",
-        needs="async",
+        needs="async prefill",
     ),
     Mutant(
         "loading-without-fence",
