@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo simulate soak test test-fast check peers bench-handover clean
+.PHONY: help setup models ucx demo simulate mutants soak test test-fast check peers bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -28,6 +28,9 @@ test-fast: setup ## the tests that start no engine and compile no CUDA
 
 simulate: setup ## worlds of simulated engines, every byte checked (ARGS="--worlds N --seed S --out F")
 	$(BIN)/python -m tests.simulation $(ARGS)
+
+mutants: setup ## bugs put back, each of which simulated worlds have to catch (ARGS="--only NAME --out F")
+	$(BIN)/python -m tests.simulation.mutants $(ARGS)
 
 check: setup ## linters, types, import floors, spelling
 	@scripts/check.sh

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,11 @@ from .engine import Job, SimEngine
 from .kinds import SHAPE
 from .load import Load, RequestPlan
 from .values import answer
+
+
+def _seed_of(salt: str | None) -> int:
+    """KV differs by salt, which a model's does not: so it is seen when KV of one salt is used for another."""
+    return zlib.crc32(salt.encode()) if salt else 0
 
 
 class Driver:
@@ -102,14 +108,22 @@ class Driver:
         def params(role: str, peer: SimEngine) -> dict[str, object]:
             return {"lmkv": {"transfer_id": transfer, "role": role, "peer": {"address": peer.address}}}
 
+        # A client that goes takes both halves along; either may also end alone (an error of its engine), and decode's
+        # may never be sent (the router has died).
+        ends = self._rnd.choice(("pd", "p", "d", "p-alone")) if plan.abort_s >= 0 else ""
         if first:
-            half = self._job(replace(plan, max_tokens=1), f"p{number}", params("prefill", decode))
-            self._send(prefill, half, plan, plan.abort_s, plan.prefill_delay_s, now_s)
+            theirs = plan.prefill_prompt or plan.prompt
+            half = self._job(replace(plan, max_tokens=1, prompt=theirs), f"p{number}", params("prefill", decode))
+            self._send(prefill, half, plan, plan.abort_s if "p" in ends else -1.0, plan.prefill_delay_s, now_s)
+        if ends == "p-alone":
+            return
         job = self._job(plan, f"d{number}", params("decode", prefill))
-        self._send(decode, job, plan, plan.abort_s, plan.decode_delay_s, now_s)
+        self._send(decode, job, plan, plan.abort_s if "d" in ends else -1.0, plan.decode_delay_s, now_s)
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
-        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, counts=plan.abort_s < 0)
+        seed = _seed_of(plan.salt)
+        counts = plan.abort_s < 0
+        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
 
     def _send(
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float
@@ -140,7 +154,7 @@ class Driver:
         prompt = job.prompt + job.answer + self._load.fresh(self._rnd.randrange(1, 40))
         if len(prompt) > self._load.longest:
             return
-        following = replace(plan, prompt=prompt, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
+        following = replace(plan, prompt=prompt, prefill_prompt=None, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
         pause_s = self._rnd.random() * 0.05
         self.unended += 1  # until it arrives
 

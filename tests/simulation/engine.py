@@ -191,6 +191,8 @@ class SimEngine:
         for request_id in output.preempted_req_ids or ():
             done = self.scheduler.requests[request_id].num_output_tokens or self._was_done(request_id)
             self._events["preempted:after_prompt" if done else "preempted:before_prompt_end"] += 1
+            if done and request_id.startswith("p"):
+                self._events["preempted:handed_over"] += 1
         step = Step(output, self._pieces(output, waiting), self._take_freed())
         self._same_step_hits(step)
         if self._flying:

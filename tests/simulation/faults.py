@@ -1,4 +1,4 @@
-"""Faults of a stepped world, drawn by its seed: slow and lost mail, cut hosts, bad writes, stalled and dead processes."""
+"""Faults of a stepped world, drawn by its seed: slow and lost mail, cut hosts, bad writes, stalls and deaths."""
 
 from __future__ import annotations
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 from dataclasses import dataclass
 
 from .plan import WorldPlan
 
 TOKENS = 900
+DIFFERENT = 0.03 if importlib.util.find_spec("lmkv.vllm.prompt") else 0.0
+"""Share of prompts that the prefill engine tokenizes differently (another date in its chat template): none as long as
+transfers are not bound to their prompts."""
 
 
 @dataclass(slots=True)
@@ -24,6 +28,8 @@ class RequestPlan:
     abort_s: float = -1.0
     siblings: int = 1
     salt: str | None = None
+    prefill_prompt: list[int] | None = None
+    """What the prefill engine has in place of `prompt`."""
     turns: int = 0
     """Further turns of a chat that follow its answer."""
 
@@ -88,7 +94,7 @@ class Load:
 
     def _one(self, at_s: float, prompt: list[int], turns: int = 0) -> RequestPlan:
         rnd = self._rnd
-        route = "pd" if rnd.random() < self._pd else rnd.choice(["decode", "decode", "prefill"])
+        route = "pd" if rnd.random() < self._pd else rnd.choice(["decode", "prefill"])
         plan = RequestPlan(at_s, prompt[: self.longest], rnd.choice(self._outputs), route, turns=turns)
         lag = rnd.random()
         if lag < self._late:
@@ -99,6 +105,13 @@ class Load:
             plan.decode_delay_s = rnd.random() * 0.005
         if rnd.random() < self._abort:
             plan.abort_s = rnd.random() * rnd.choice([0.002, 0.02, 0.1, 0.5])
+        if DIFFERENT and rnd.random() < DIFFERENT:
+            plan.prefill_prompt = self._mistaken(plan.prompt)
         if rnd.random() < 0.04:
             plan.siblings = rnd.randrange(2, 4)
         return plan
+
+    def _mistaken(self, prompt: list[int]) -> list[int]:
+        """Another token somewhere, or one more or fewer."""
+        place = self._rnd.randrange(len(prompt))
+        return prompt[:place] + self.fresh(self._rnd.choice([0, 1, 1, 1, 2]) if place else 1) + prompt[place + 1 :]

@@ -15,13 +15,18 @@ from .engine import SimEngine
 from .faults import Faults
 from .load import Load
 from .plan import WorldPlan
+from .remains import of_engine, of_node
 from .result import Result
+from .stream import Device
 from .virtual import Process, SteppedRuntime
 from .watch import watch
+from .witness import Witness
 
 LIMIT_S = 900.0
 """Virtual seconds until every request has to have ended: more than the longest deadline."""
 DRAIN_S = 900.0
+SETTLE_S = 240.0
+"""Until everything has come back: more than the longest time that something is remembered which never came."""
 
 
 class SteppedWorld:
@@ -33,6 +38,11 @@ class SteppedWorld:
         self.events: Counter[str] = self.result.events
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
+        self.witness = Witness(self.fail, self.events, strict=not plan.faults)
+        chance = self._device_chance = random.Random(f"device-{plan.seed}")
+        self.runtime.late = chance.choice([0.0, 0.02, 0.1])
+        self._devices_stand_still = chance.random() < 0.25
+        """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self._processes: list[Process] = []
         self.engines: list[SimEngine] = []
@@ -73,6 +83,7 @@ class SteppedWorld:
         )
         node = PoolNode(settings, runtime=process.runtime)
         node.start()
+        self.witness.node(process.name, node)
         return process, node
 
     def _engine(self, number: int, kind: Any) -> SimEngine:
@@ -86,7 +97,11 @@ class SteppedWorld:
             f"{kind.role[3:]}{number}", kind, settings, self._rnd, self.fail, self.events, process.runtime
         )
         watch(engine, self.events)
+        self.witness.engine(engine)
         engine.wake = process.start_part("engine", engine).wake
+        if kind.is_async and not self._devices_stand_still:
+            stream = engine.runner.stream
+            stream.wake = process.start_part("device", Device(stream, self._device_chance)).wake
         return engine
 
     def fail(self, text: str) -> None:
@@ -104,6 +119,7 @@ class SteppedWorld:
         if not self.result.failures and not self.result.unended:
             self.runtime.run_until(lambda: not any(engine.busy for engine in self.engines), DRAIN_S)
             self._find_leaks()
+            self.witness.check_sums()
         self._count()
         self.result.requests = self.driver.requests
         self.close()
@@ -116,8 +132,14 @@ class SteppedWorld:
                 self.events[name] += n
 
     def _find_leaks(self) -> None:
-        for engine in self.engines:
-            self.result.leaks += engine.leaks()
+        until_s = self.runtime.clock() + SETTLE_S
+        while (leaks := self._held()) and self.runtime.clock() < until_s:
+            self.runtime.run_for(5.0)
+        self.result.leaks += leaks
+
+    def _held(self) -> list[str]:
+        found = [text for engine in self.engines for text in of_engine(engine)]
+        return found + [text for process, node in self.nodes for text in of_node(process.name, node)]
 
     def close(self) -> None:
         self.runtime.close()

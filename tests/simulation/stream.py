@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +27,14 @@ class Stream:
         self._waiting: deque[Callable[[], None]] = deque()
         self.launched = 0
         self.executed = 0
+        self.wake: Callable[[], None] = lambda: None
+        """Called when there is something to execute."""
 
     def launch(self, operation: Callable[[], None]) -> int:
         """Returns the position behind the operation."""
         self._waiting.append(operation)
         self.launched += 1
+        self.wake()
         return self.launched
 
     @property
@@ -49,3 +53,31 @@ class Stream:
 
     def fence(self) -> StreamFence:
         return StreamFence(self, self.launched)
+
+
+class Device:
+    """A part of the world that executes a stream, also while its engine waits for something in a hook."""
+
+    PACE_S = 0.004
+
+    def __init__(self, stream: Stream, rnd: random.Random) -> None:
+        self._stream = stream
+        self._rnd = rnd
+        self._due_s = 0.0
+
+    def open(self) -> None:
+        """Nothing to open."""
+
+    def descriptors(self) -> tuple[int, ...] | None:
+        return None
+
+    def end(self) -> None:
+        """Nothing to close."""
+
+    def next_s(self, now_s: float) -> float:
+        return 3600.0 if self._stream.idle else max(0.0, self._due_s - now_s)
+
+    def turn(self, now_s: float) -> None:
+        if now_s >= self._due_s:
+            self._stream.advance(self._rnd.randrange(1, 4))
+            self._due_s = now_s + self._rnd.random() * self.PACE_S

@@ -34,7 +34,8 @@ def prefix_states(tokens: Sequence[int], seed: int = 0, first: int = 0, before: 
     with a sequence, give the number of tokens before and the state after them."""
     ids = np.asarray(tokens, dtype=np.uint64)
     places = np.arange(first, first + len(ids), dtype=np.uint64)
-    hashes = mix(ids * _ODD + places + np.uint64(seed + 1) * _MIX)
+    start = np.uint64((seed + 1) * int(_MIX) & 0xFFFFFFFFFFFFFFFF)
+    hashes = mix(ids * _ODD + places + start)
     states: States = np.cumsum(hashes, dtype=np.uint64) + np.uint64(before)
     return states
 

@@ -54,6 +54,7 @@ class SteppedRunner:
         """What has ended it, if something has."""
         self.turns = 0
         self._wanted_s = NEVER_S
+        self._late_s = 0.0
         self._woken = False
         self._stopping = False
         self._has_begun = False
@@ -88,7 +89,7 @@ class SteppedRunner:
 
     def due_s(self) -> float:
         """When its next turn is due."""
-        return max(0.0 if self._woken else self._wanted_s, self.process.stalled_s)
+        return max(0.0 if self._woken else self._wanted_s, self._late_s, self.process.stalled_s)
 
     def notice(self, time_s: float) -> None:
         """One of its descriptors will be readable."""
@@ -122,6 +123,8 @@ class SteppedRunner:
             world.watch(self, self._watched, descriptors)
             self._watched = descriptors
         now_s = world.clock()
+        if world.late and world.chance.random() < world.late:
+            self._late_s = now_s + world.chance.uniform(0.0, world.late_s)
         arrivals = (world.arrival_s(fd) for fd in self._watched)
         self._wanted_s = min(now_s + self.part.next_s(now_s), *arrivals, NEVER_S)
         world.expect(self)
@@ -210,6 +213,9 @@ class SteppedRuntime:
         self.offers: Offers = {}
         self.turn_s = (5e-6, 50e-6)
         """A turn takes so long, drawn evenly."""
+        self.late = 0.0
+        """Share of turns that come up to `late_s` after they were due, as on a host whose cores are taken."""
+        self.late_s = 0.03
         self.background_s = 0.02
         """Work in the background begins within this."""
         self.lane_s = 0.005
