@@ -122,7 +122,7 @@ class Driver:
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
         seed = _seed_of(plan.salt)
-        counts = plan.abort_s < 0
+        counts = plan.abort_s < 0 and plan.prefill_prompt is None
         return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
 
     def _send(

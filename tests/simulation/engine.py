@@ -250,6 +250,7 @@ class SimEngine:
             self._events["tokens:loadable"] += hi - lo
             # vLLM computes the last token of a prompt again, also if all of it was loaded.
             self._events["tokens:loaded"] += hi - lo if before >= hi - 1 else max(0, before - lo)
+            self._events["lost_loads"] += before < hi - 1
 
     def _same_step_hits(self, step: Step) -> None:
         n = self.kind.block_tokens

@@ -38,6 +38,11 @@ class WorldPlan:
     """Tokens of the longest prompt: with its answer it has to fit into each cache."""
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_patient(self) -> bool:
+        """Nothing goes wrong, and nobody gives up: all that could be loaded has to be."""
+        return not self.faults and self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
+
     def describe(self) -> str:
         engines = " ".join(
             f"{k.role[3:]}:{k.block_tokens}x{k.blocks}tp{k.ranks}{'a' if k.is_async else ''}{'v2' if k.is_v2 else ''}"
@@ -82,10 +87,11 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         "min_post_bytes": rnd.choice([1, 2048, 1 << 20]),
         "max_post_bytes": rnd.choice([1024, 4096, 1 << 20]),
         "max_inflight_bytes": rnd.choice([2048, 16384, 1 << 20]),
-        "hold_s": rnd.choice([0.3, 1.0, 30.0, 120.0]),
+        "hold_s": rnd.choice([0.3, 1.0] if threaded else [0.3, 1.0, 30.0, 120.0]),
         "min_remote_tokens": rnd.choice([1, 16]),
         "min_pool_tokens": rnd.choice([16, 64]),
         "staging_bytes": 1 << 20,
+        "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0]),
     }
     return WorldPlan(
         seed,

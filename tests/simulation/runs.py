@@ -63,6 +63,7 @@ def run_world(seed: int, requests: int | None = None) -> Outcome:
     kinds = {
         "threaded": plan.threaded,
         "faults": plan.faults,
+        "patient": plan.is_patient,
         "pool": bool(plan.nodes),
         "unlike": plan.is_unlike,
         "async": any(kind.is_async for kind in (*plan.prefills, *plan.decodes)),
@@ -129,7 +130,7 @@ class Report:
         self.requests["all"] += outcome.requests
         self.requests["threaded"] += outcome.requests if outcome.kinds["threaded"] else 0
         self.events.update(outcome.events)
-        if not outcome.kinds["faults"]:
+        if outcome.kinds["patient"]:
             self.loadable += outcome.events.get("tokens:loadable", 0)
             self.loaded += outcome.events.get("tokens:loaded", 0)
         if not outcome.ok:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from .engine import SimEngine
 
 def watch(engine: SimEngine, events: Counter[str]) -> None:
     """Wraps methods of the engine's connector halves; they behave as before."""
+    decode = engine.scheduler.connector._scheduler._decode
+    _before(decode, "_miss", lambda transfer, kind, reason: events.update({f"why:{kind}:{_plain(reason)}": 1}))
     for rank in engine.runner.ranks:
         loop = rank.connector._worker._loop
         _before(loop._sending, "grant_came", lambda grant, now_s, s=loop._sending: _grant(s, grant, events))
@@ -37,3 +40,8 @@ def _grant(sending: Any, grant: wire.Grant, events: Counter[str]) -> None:
         events["grant:late"] += 1
     else:
         events["grant:in_time"] += 1
+
+
+def _plain(reason: str) -> str:
+    """Without what differs from one to the next."""
+    return re.sub(r"[0-9a-f]{8,}|\d+", "#", reason)[:80]
