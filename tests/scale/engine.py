@@ -76,6 +76,11 @@ def small_config(model: Path) -> Any:
     config.model_config.architectures = ["Small"]
     config.model_config.hf_text_config.to_dict = lambda: {"layers": LAYERS}
     config.model_config.max_model_len = 1024
+    config.model_config.model_weights = ""
+    config.model_config.revision = None
+    config.load_config = SimpleNamespace(
+        load_format="auto", download_dir=None, model_loader_extra_config={}, ignore_patterns=["original/**/*"]
+    )
     config.model_config.enable_sleep_mode = False
     return config
 
@@ -85,6 +90,7 @@ class BlockPool:
 
     def __init__(self) -> None:
         self.blocks = list(range(BLOCKS))
+        self.cached_block_hash_to_block: dict[Any, Any] = {}
         self.held = 0
 
     def touch(self, blocks: list[int]) -> None:
