@@ -188,7 +188,8 @@ class NotNeeded(Message, frozen=True, tag=True):
 
 
 class Parked(Message, frozen=True, tag=True):
-    """Prefill engine to decode engine: nobody asked for this KV in time; what is whole of it is in the pool."""
+    """Prefill engine to decode engine: nobody asked for this KV in time, and it is gone; what is whole of it is in the
+    pool, if there is one."""
 
     incarnation: Incarnation
     transfer_id: TransferId

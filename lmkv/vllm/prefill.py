@@ -125,7 +125,8 @@ class PrefillSide:
             meta.pushes.append(Push(prefill.transfer_id, tuple(cached), tuple(computed), prefill.done))
 
     def park(self, tid: TransferId, tell: Callable[[str, wire.Control], None], incarnation: Incarnation) -> None:
-        """Nobody asked for it in time. Its whole chunks are stored like any others; decode is told to look there."""
+        """Nobody asked for it in time: decode is told, so that it does not ask later and wait in vain. Where there is a
+        pool, whole chunks are stored like any others, and decode looks there."""
         address = self._peers.pop(tid, "")
         if address:
             self._book.update(tid, parked=True)

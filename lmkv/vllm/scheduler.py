@@ -107,6 +107,7 @@ class SchedulerSide:
             "kv_layout": str(self._kv_cache_config.kv_cache_layout),
             "tp": str(len(ordered)),
         }
+        self._endpoint.on_pool(self._hear_pool)
         unpooled = next((meta.unpooled for meta in ordered if meta.unpooled), "")
         if not unpooled:
             self._pool = PoolSide(
@@ -119,7 +120,6 @@ class SchedulerSide:
                 self._runtime,
             )
             self._sources = Sources(self._decode, self._pool)
-            self._endpoint.on_pool(self._hear_pool)
         elif self._settings.pool or self._settings.controller:
             logger.error("this engine does not use the pool: %s", unpooled)
         cards, loaded_s = tuple(meta.card for meta in ordered), time.time()
@@ -261,7 +261,7 @@ class SchedulerSide:
         for ledger in meta.ledgers:
             tid = ledger.pop("transfer_id")
             self.book.add_rank(tid, ledger)
-            if ledger.get("outcome") == ev.SendOutcome.EXPIRED.value and self._pool is not None:
+            if ledger.get("outcome") == ev.SendOutcome.EXPIRED.value:
                 self._prefill.park(tid, self._endpoint.tell, self._incarnation)
         if self._pool is not None:
             self._pool.take(meta.loads, meta.counted)

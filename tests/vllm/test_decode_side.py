@@ -20,6 +20,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # torch's own, while vLLM is imported
     from lmkv.vllm.decode import DecodeSide
     from lmkv.vllm.metadata import StepMeta
+    from lmkv.vllm.pooled.sources import Sources
 
 TID = TransferId("t" * 32)
 PARAMS = RequestParams(TID, "decode", "tcp://127.0.0.1:1")
@@ -103,6 +104,16 @@ def test_without_the_adapters_content_nothing_is_granted() -> None:
     desk.side.allocated(request, None, 0)
     assert [type(message) for message in desk.sent] == [wire.NotNeeded]
     assert desk.book.counts()["miss:prompt"] == 1 and "adapter" in desk.facts()["miss"]
+
+
+def test_what_prefill_has_given_up_is_not_asked_for() -> None:
+    """Also without a pool: a grant that comes when prefill has forgotten the transfer would wait for its deadline."""
+    desk = Desk()
+    request = desk.request(list(range(40)))
+    desk.side.parked(TID)
+    assert Sources(desk.side, None).matched_tokens(request, 0, handed_over=True) == (0, False)
+    assert desk.book.counts()["miss:parked"] == 1
+    assert desk.sent == []
 
 
 def test_slots_in_quarantine_are_counted_and_given_back() -> None:

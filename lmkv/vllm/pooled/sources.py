@@ -34,7 +34,10 @@ class Sources:
         begun, and loads from the pool what it can itself.
         """
         if self._pool is None:
-            return self._decode.matched_tokens(request, computed) if handed_over else (0, False)
+            if not handed_over:
+                return 0, False
+            self._decode.take_failure(request)  # what prefill has given up is not asked for
+            return self._decode.matched_tokens(request, computed)
         self._choices.pop(request.request_id, None)
         if handed_over and self._decode.take_failure(request):
             self._pool.retry(request)
