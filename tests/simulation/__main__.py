@@ -86,6 +86,7 @@ def _write(path: Path, report: Report, summary: dict[str, float], seconds: float
                 "results": {
                     "seconds": round(seconds, 1),
                     "kinds": dict(report.kinds),
+                    "rare": report.rare(),
                     "events": dict(sorted(report.events.items())),
                     "requests": dict(report.requests),
                     "bad_seeds": [one.seed for one in report.bad],

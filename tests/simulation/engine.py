@@ -314,7 +314,7 @@ class SimEngine:
         alive = request is not None and not request.is_finished() and request.num_preemptions == sequence.life
         if not alive:
             return
-        wrong = rank.caches.wrong(layer, piece.block_ids, 0, piece.hi, sequence.states)
+        wrong = rank.caches.wrong(layer, piece.block_ids, 0, piece.hi, sequence)
         self._events["blocks_checked"] += -(-piece.hi // self.kind.block_tokens)
         if wrong >= 0:
             block = int(piece.block_ids[wrong // self.kind.block_tokens])

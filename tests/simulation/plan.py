@@ -87,11 +87,11 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         "min_post_bytes": rnd.choice([1, 2048, 1 << 20]),
         "max_post_bytes": rnd.choice([1024, 4096, 1 << 20]),
         "max_inflight_bytes": rnd.choice([2048, 16384, 1 << 20]),
-        "hold_s": rnd.choice([0.3, 1.0] if threaded else [0.3, 1.0, 30.0, 120.0]),
+        "hold_s": rnd.choice([0.3, 1.0] if threaded else [0.3, 1.0, 30.0, 120.0, 120.0]),
         "min_remote_tokens": rnd.choice([1, 16]),
         "min_pool_tokens": rnd.choice([16, 64]),
         "staging_bytes": 1 << 20,
-        "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0]),
+        "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0, 30.0, 30.0]),
     }
     return WorldPlan(
         seed,
@@ -104,11 +104,11 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         requests=requests // 3 if threaded else requests,
         gentle_s=rnd.choice([0.01, 0.05, 0.2]),
         pd=rnd.choice([0.3, 0.5, 0.7] if tiny else [0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.3) else 0.0,
-        abort=rnd.choice([0.0, 0.05, 0.2]),
+        abort=rnd.choice([0.0, 0.05, 0.1, 0.25]),
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
         node_kib=rnd.choice([1024, 1024, 2048, 8192]),
-        outputs=rnd.choice([(4, 8, 24, 48), (16, 32, 64)]) if tiny else (1, 2, 3, 5, 8, 16),
+        outputs=rnd.choice([(4, 8, 24, 40), (12, 24, 48)]) if tiny else (1, 2, 3, 5, 8, 16),
         longest=320 if tiny else 600,
         settings=settings,
     )

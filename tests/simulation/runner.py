@@ -132,7 +132,7 @@ class Runner:
         """The device's view of a request; made anew when it is scheduled first, or again after a preemption."""
         known = self._sequences.get(request.request_id)
         if known is None or fresh:
-            known = Sequence.begin(request.request_id, seed, list(request.all_token_ids), request.num_preemptions)
+            known = Sequence(request.request_id, seed, request.all_token_ids, request.num_preemptions)
             self._sequences[request.request_id] = known
         return known
 
@@ -157,7 +157,7 @@ class Runner:
     def _layer(self, rank: Rank, step: Step, layer: int) -> None:
         def run() -> None:
             for piece in step.pieces:
-                rank.caches.write(layer, piece.block_ids, piece.lo, piece.hi, piece.sequence.states)
+                rank.caches.write(layer, piece.block_ids, piece.lo, piece.hi, piece.sequence)
             for piece in step.pieces:
                 self._check(rank, piece, layer)
 
@@ -173,7 +173,7 @@ class Runner:
         first = self.ranks[0]
         for piece in step.pieces:
             if piece.hi == len(piece.sequence.tokens):
-                read = first.caches.read(SHAPE.layers - 1, piece.block_ids, 0, piece.hi)
+                read = first.caches.read(SHAPE.layers - 1, piece.block_ids, piece.hi)
                 token = sampled(read)
                 piece.sampled.append(token)
                 piece.sequence.append(token)

@@ -13,22 +13,22 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-RARE = (
-    "same_step_hit",
-    "preempted:before_prompt_end",
-    "preempted:after_prompt",
-    "grant:early",
-    "grant:late",
-    "send:parked",
-    "landing_conversion",
-    "pool:load:cut",
-    "abort:waiting",
-    "abort:loading",
-    "abort:prompt",
-    "abort:decoding",
-    "two_in_flight",
-)
-"""A run of this size that has met one of these fewer than `RARE_TIMES` times has shown little."""
+RARE: dict[str, tuple[str, ...]] = {
+    "same_step_hit": ("same_step_hit",),
+    "preempted:before_prompt_end": ("preempted:before_prompt_end",),
+    "preempted:after_prompt": ("preempted:after_prompt",),
+    "grant:early": ("grant:early",),
+    "grant:late": ("grant:late",),
+    "send:parked": ("send:parked",),
+    "landing_conversion": ("landing_conversion",),
+    "pool:load:cut": ("pool:load:cut",),
+    "abort:waiting": ("abort:waiting", "abort:preempted"),
+    "abort:loading": ("abort:loading",),
+    "abort:prompt": ("abort:prompt", "abort:prompt_in_flight"),
+    "abort:decoding": ("abort:decoding", "abort:decoding_in_flight"),
+    "two_in_flight": ("two_in_flight",),
+}
+"""A large run that has met one of these fewer than `RARE_TIMES` times, by any of its events, has shown little."""
 RARE_TIMES = 200
 LOADED_SHARE = 0.99
 
@@ -98,13 +98,13 @@ def _quiet() -> None:
 
 
 def outcomes(seeds: Iterable[int], processes: int, requests: int | None = None) -> Iterator[Outcome]:
-    """As they end. A process runs 25 worlds and is replaced, so that nothing piles up."""
+    """As they end. A process runs 60 worlds and is replaced, so that nothing piles up."""
     jobs = [(seed, requests) for seed in seeds]
     if processes == 1:
         yield from (run_world(*job) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")
-    with contextlib.closing(context.Pool(processes, _quiet, maxtasksperchild=25)) as pool:
+    with contextlib.closing(context.Pool(processes, _quiet, maxtasksperchild=60)) as pool:
         yield from pool.imap_unordered(_one, jobs)
 
 
@@ -138,7 +138,11 @@ class Report:
 
     def rarest(self) -> tuple[str, int]:
         """The rare event that was met least, with how often."""
-        return min(((name, self.events[name]) for name in RARE), key=lambda pair: pair[1])
+        return min(self.rare().items(), key=lambda pair: pair[1])
+
+    def rare(self) -> dict[str, int]:
+        """How often each of `RARE` was met."""
+        return {name: sum(self.events[event] for event in events) for name, events in RARE.items()}
 
     def summary(self, seconds: float) -> dict[str, float]:
         return {
@@ -160,11 +164,8 @@ class Report:
         if self.loadable and self.loaded < LOADED_SHARE * self.loadable:
             found.append(f"{self.loaded} of {self.loadable} loadable tokens were loaded, below {LOADED_SHARE:.0%}")
         if complete:
-            found += [
-                f"{name} was met {self.events[name]} times, below {RARE_TIMES}"
-                for name in RARE
-                if self.events[name] < RARE_TIMES
-            ]
+            few = {name: n for name, n in self.rare().items() if n < RARE_TIMES}
+            found += [f"{name} was met {n} times, below {RARE_TIMES}" for name, n in few.items()]
         return found
 
 

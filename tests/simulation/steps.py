@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .values import States, prefix_states
+from .values import States, next_state, prefix_states
 
 
-@dataclass(slots=True)
 class Sequence:
-    """The tokens of a request as the device knows them: with async scheduling one ahead of the scheduler."""
+    """The tokens of a request as the device knows them: with async scheduling one ahead of the scheduler. `life` counts
+    its preemptions so far."""
 
-    request_id: str
-    seed: int
-    tokens: list[int]
-    states: States
-    life: int
-    """Preemptions so far."""
+    def __init__(self, request_id: str, seed: int, tokens: Iterable[int], life: int) -> None:
+        self.request_id = request_id
+        self.seed = seed
+        self.tokens = list(tokens)
+        self.life = life
+        self.images: dict[Any, Any] = {}
+        """What caches hold for it, by caches: theirs to make."""
+        self._states = prefix_states(self.tokens, seed)
 
-    @classmethod
-    def begin(cls, request_id: str, seed: int, tokens: list[int], life: int) -> Sequence:
-        return cls(request_id, seed, list(tokens), prefix_states(tokens, seed), life)
+    @property
+    def states(self) -> States:
+        """After each token, uint64 [tokens]."""
+        return self._states[: len(self.tokens)]
 
     def append(self, token: int) -> None:
-        more = prefix_states([token], self.seed, len(self.tokens), int(self.states[-1]))
+        place = len(self.tokens)
+        if place == len(self._states):
+            self._states = np.concatenate([self._states, np.zeros(64, np.uint64)])
+        self._states[place] = next_state(token, self.seed, place, int(self._states[place - 1]))
         self.tokens.append(token)
-        self.states = np.concatenate([self.states, more])
 
 
 @dataclass(slots=True)

@@ -21,6 +21,7 @@ from .engine import Job, SimEngine
 from .kinds import DTYPES, SHAPE
 from .plan import CHUNK
 from .runner import Rank, block_array
+from .steps import Sequence
 from .values import States, Values, prefix_states
 
 NAMESPACE_BYTES = 16
@@ -34,7 +35,7 @@ class _Write:
     rect: Any
     blocks: list[int]
     """Of the whole prompt, as they were when it was posted."""
-    states: States
+    prompt: Sequence
 
 
 class Witness:
@@ -47,7 +48,7 @@ class Witness:
         self._strict = strict
         self._engines: list[SimEngine] = []
         self._nodes: list[tuple[str, PoolNode]] = []
-        self._prompts: dict[str, States] = {}
+        self._prompts: dict[str, Sequence] = {}
         """By transfer: what prefill computes for it."""
         self._names: dict[bytes, tuple[int, bytes]] = {}
         """By object key without its group: (state after the chunk, states of its tokens)."""
@@ -61,7 +62,7 @@ class Witness:
         def watched(job: Job) -> None:
             params = (job.params or {}).get("lmkv", {})
             if params.get("role") == "prefill":
-                self._prompts[params["transfer_id"]] = prefix_states(job.prompt, job.seed)
+                self._prompts[params["transfer_id"]] = Sequence(params["transfer_id"], job.seed, job.prompt, 0)
             add(job)
 
         engine.add = watched  # type: ignore[method-assign]
@@ -75,9 +76,9 @@ class Witness:
         post, completed = sending._write, sending.completed
 
         def posted(action: Any, source: Any) -> Any:
-            states = self._prompts.get(transfer_of(action.transfer_id))
-            if states is not None:
-                write = _Write(rank, action.rect, list(source.block_ids[action.rect.group]), states)
+            prompt = self._prompts.get(transfer_of(action.transfer_id))
+            if prompt is not None:
+                write = _Write(rank, action.rect, list(source.block_ids[action.rect.group]), prompt)
                 flying[action.transfer_id, action.seq] = write
                 self._look_at(engine, write, action.transfer_id, "is posted")
             return post(action, source)
@@ -92,10 +93,10 @@ class Witness:
 
     def _look_at(self, engine: SimEngine, write: _Write, transfer_id: str, when: str) -> None:
         rect, n = write.rect, engine.kind.block_tokens
-        lo, hi = rect.block_lo * n, min(rect.block_hi * n, len(write.states))
+        lo, hi = rect.block_lo * n, min(rect.block_hi * n, len(write.prompt.tokens))
         self._events["sent_blocks_checked"] += (rect.block_hi - rect.block_lo) * (rect.layer_hi - rect.layer_lo)
         for layer in range(rect.layer_lo, rect.layer_hi):
-            wrong = write.rank.caches.wrong(layer, block_array(write.blocks), lo, hi, write.states)
+            wrong = write.rank.caches.wrong(layer, block_array(write.blocks), lo, hi, write.prompt)
             if wrong >= 0:
                 block = write.blocks[wrong // n]
                 poison = " (poison)" if write.rank.caches.is_poison(block) else ""
