@@ -52,6 +52,8 @@ class PoolHello(_Message, frozen=True):
     scratch_bytes: int = 0
     namespaces: tuple[tuple[bytes, str], ...] = ()
     protocol: int = PROTOCOL
+    settled: tuple[int, int] = (0, 0)
+    """The sender writes no more to slots that it was given by Reserve questions with tokens in [first, last)."""
 
 
 class PoolWelcome(_Message, frozen=True):

@@ -96,6 +96,8 @@ class NodeAccess:
         self._warming: dict[OpId, PeerId] = {}
         self._before = Reach.SEEKING
         """How far we were when the node fell silent."""
+        self._lender = Incarnation("")
+        """The node whose slots the link counts."""
         self._told = Incarnation("")
         """The node that knows all our namespaces."""
         self._heard_s = float("-inf")
@@ -158,7 +160,9 @@ class NodeAccess:
         known = self.card is not None and self._told == self.card.incarnation
         spaces = () if known else tuple(self._namespaces.items())
         self.link.ask(
-            lambda token: pw.PoolHello(token, me.incarnation, me.rank, me.name, self._export, *scratch, spaces),
+            lambda token: pw.PoolHello(
+                token, me.incarnation, me.rank, me.name, self._export, *scratch, spaces, settled=self.link.settled
+            ),
             pw.PoolWelcome,
             lambda answer: self._welcome(answer, now_s, len(spaces)),
             now_s + ASK_S,
@@ -173,6 +177,9 @@ class NodeAccess:
             return
         if self.card is not None and answer.card.incarnation != self.card.incarnation:
             self._lose("another node is at its address")
+        if answer.card.incarnation != self._lender:
+            self._lender = answer.card.incarnation
+            self.link.void_slots()
         if told == len(self._namespaces):
             self._told = answer.card.incarnation
         if self.card is None:

@@ -124,6 +124,7 @@ class Desk:
         else:
             refused = self._clients.hello(message, now_s)
         if not refused:
+            self._index.settle((message.incarnation, message.rank), *message.settled)
             for namespace, description in message.namespaces:
                 self._declare(namespace, description)
         self._send(identity, pw.PoolWelcome(message.token, self.card, refused))

@@ -182,6 +182,14 @@ class PoolIndex:
             if task is not None and task.question == question and entry.key in keys:
                 self.abandon(writer, entry.generation, drained=True)
 
+    def settle(self, writer: Writer, lo: int, hi: int) -> None:
+        """The writer writes no more to what it has reserved with questions [lo, hi): what it said of these slots may
+        have been lost on its way. Reservations are looked at once they are over, and in quarantine."""
+        for entry in list(self._quarantine.values()):
+            task = entry.writing.get(writer)
+            if task is not None and lo <= task.question < hi:
+                self._drained(writer, entry.generation)
+
     def expire(self, now_s: float) -> int:
         """Reservations whose lease is over go to quarantine. Returns how many did."""
         over = [entry for entry in self._reserved.values() if now_s > entry.until_s]

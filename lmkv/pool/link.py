@@ -1,7 +1,8 @@
 """Questions to one pool node or controller: a DEALER, tokens, deadlines, callbacks. One thread owns a link.
 
 What a node gives away in an answer that is not awaited any more is given back: slots by taking the question back, pins
-by unpinning when the late answer comes.
+by unpinning when the late answer comes. Messages that give slots back may be lost with a connection, so the link also
+keeps count of the slots that are still out: `settled` goes to the node with every PoolHello.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from lmkv.addresses import split_address
 from lmkv.control.mailbox import MOST_ANSWER_BYTES
 from lmkv.control.wake import has_mail
 from lmkv.errors import WireError
+from lmkv.poolwire import Refusal
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,20 @@ class Link:
         self._open: dict[int, _Open] = {}
         # Tokens name questions to the node also after this link: none may be another link's.
         self._next_token = int.from_bytes(entropy(6), "little") + 1
+        self._first_token = self._next_token
+        self._out: dict[int, set[int]] = {}
+        """Reserve questions, the oldest first, with the generations of their slots that may still be written to; empty
+        while the answer is awaited."""
         self.unreadable = 0
+
+    @property
+    def settled(self) -> tuple[int, int]:
+        """[lo, hi): what was reserved by questions with these tokens is committed or given back, and not written to."""
+        return self._first_token, next(iter(self._out), self._next_token)
+
+    def void_slots(self) -> None:
+        """The node that has lent them is no more."""
+        self._out = {token: set() for token in self._out if token in self._open}
 
     @property
     def fd(self) -> int:
@@ -72,11 +87,15 @@ class Link:
         token, self._next_token = self._next_token, self._next_token + 1
         message = question(token)
         self._open[token] = _Open(message, kind, done, until_s)  # type: ignore[arg-type]
+        if isinstance(message, pw.Reserve):
+            self._out[token] = set()
         if not self.tell(message):
             self._open[token].until_s = 0.0
 
     def tell(self, message: pw.PoolMessage) -> bool:
         """One-way. False: the queue is full."""
+        if isinstance(message, pw.Abandon) and message.drained:
+            self._came_back(message.generations)
         try:
             self._socket.send(pw.encode(message), zmq.NOBLOCK)
         except zmq.Again:
@@ -97,8 +116,27 @@ class Link:
                 self._take_back(token, late)
                 late.done(None)
 
+    def _came_back(self, generations: tuple[int, ...]) -> None:
+        for token, out in list(self._out.items()):
+            if out:
+                out.difference_update(generations)
+                if not out:
+                    del self._out[token]
+
+    def _count(self, question: pw.PoolMessage, answer: pw.PoolMessage | None) -> None:
+        """Slots are out with a Reserved, and back with a Commit, however that was answered."""
+        if isinstance(question, pw.Reserve):
+            slots = answer.slots if isinstance(answer, pw.Reserved) else ()
+            if out := {slot.generation for slot in slots if slot.refusal is Refusal.NONE}:
+                self._out[question.token] = out
+            else:
+                self._out.pop(question.token, None)
+        elif isinstance(question, pw.Commit):
+            self._came_back(question.generations)
+
     def _take_back(self, token: int, late: _Open) -> None:
         q = late.question
+        self._count(q, None)
         if isinstance(q, pw.Reserve):
             self.tell(pw.Abandon(q.incarnation, q.rank, q.namespace, q.keys, (), drained=True, question=token))
 
@@ -114,6 +152,7 @@ class Link:
             if isinstance(message, pw.Pinned) and message.lease:
                 self.tell(pw.Unpin(message.lease))
             return
+        self._count(question.question, message)
         if isinstance(message, pw.Unreadable):
             logger.warning("%s refuses a question: %s", self.address, message.error)
             question.done(None)

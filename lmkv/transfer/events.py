@@ -12,6 +12,8 @@ from enum import StrEnum
 
 from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
 
+from .prompt import Prompt
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:
@@ -28,32 +30,6 @@ class Rect:
     layer_hi: int
     block_lo: int
     block_hi: int
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The prompt that a transfer is bound to, as one engine sees it.
-
-    `digest`: 16 bytes over everything the KV depends on (lmkv.vllm.prompt), or b"" where the engine does not know it;
-    two unknown digests are not equal. `tokens`: the prompt's length.
-    """
-
-    digest: bytes
-    tokens: int
-
-    def differs(self, other: Prompt) -> str:
-        """Why KV of `self` (prefill) must not be used for `other` (decode); "" when both are the same prompt."""
-        if self.tokens != other.tokens:
-            return f"{PROMPT_DIFFERS}: {self.tokens} tokens at prefill, {other.tokens} at decode"
-        if not self.digest or not other.digest:
-            side = "prefill" if not self.digest else "decode"
-            return f"{PROMPT_FAULT}{side} does not know all that its KV depends on (the content of a LoRA adapter)"
-        return "" if self.digest == other.digest else f"{PROMPT_DIFFERS} (or its images, adapter or salt differ)"
-
-
-PROMPT_FAULT = "prompt: "
-"""How each reason begins that means: the two engines do not have the same prompt under this transfer id."""
-PROMPT_DIFFERS = f"{PROMPT_FAULT}the engines tokenized it differently"
 
 
 # --- events both machines take ---
@@ -128,6 +104,13 @@ class Revoke:
 
     transfer_id: TransferId
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """The engine lacks blocks: this finished prompt expires if it has no grant and one that is not computed has."""
+
+    transfer_id: TransferId
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,6 +362,7 @@ SenderEvent = (
     | PromptDone
     | Withdraw
     | Revoke
+    | Yield
     | Preempted
     | Granted
     | Credited

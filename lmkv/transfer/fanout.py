@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from lmkv.ids import Rank, RequestId, TransferId
 
-from .events import Computed, Offer, Preempted, Prompt, PromptDone, Rect, Revoke, SenderEvent, Withdraw
+from .events import Computed, Offer, Preempted, PromptDone, Rect, Revoke, SenderEvent, Withdraw
+from .prompt import Prompt
 
 
 @dataclass(slots=True)

@@ -66,6 +66,15 @@ class Lanes:
             lane = self._lanes[peer] = Lane(peer)
         return lane
 
+    def in_flight_bytes(self, peer: Peer) -> int:
+        lane = self.find(peer)
+        return lane.inflight_bytes if lane else 0
+
+    def queued(self, peer: Peer) -> int:
+        """Rectangles that wait for the peer's lease or window."""
+        lane = self.find(peer)
+        return len(lane.queue) if lane else 0
+
     def enqueue(self, transfer: Outgoing, grant: Granted, rects: list[Rect]) -> Lane:
         """Queue the cells of `rects` that the grant covers and that are not taken yet, cut to the size of a post.
 

@@ -10,7 +10,8 @@ from math import inf
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, RequestId, TransferId
 
-from .events import Credited, Granted, Peer, PostWrite, Prompt, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
+from .events import Credited, Granted, Peer, PostWrite, Rect, SendCancelled, SendFailed, SendOutcome, SendSeal
+from .prompt import Prompt
 from .rects import Coverage, cells_of, split_rect
 
 
@@ -188,6 +189,16 @@ class Outgoing:
         if self.taken.cells != granted:
             return f"incomplete: {self.taken.cells} of {granted} granted cells were computed"
         return None if self.queued else ""
+
+    @property
+    def is_held(self) -> bool:
+        """Its prompt is computed, and no grant has come."""
+        return self.prompt_done_s is not None and self.grant is None
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Its receiver holds blocks for it, and its prompt is not computed (any more)."""
+        return self.grant is not None and self.prompt_done_s is None and self.phase < Phase.ENDING
 
     @property
     def may_seal(self) -> bool:

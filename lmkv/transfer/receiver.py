@@ -16,7 +16,6 @@ from math import inf
 from lmkv.ids import Epoch, TransferId
 
 from .events import (
-    PROMPT_FAULT,
     Abandon,
     CancelledCame,
     Drained,
@@ -35,6 +34,7 @@ from .events import (
     Tick,
 )
 from .incoming import Early, Incoming, Key, Note, Phase, ReceiverCounters, ReceiverLimits, Writer, WriterLife
+from .prompt import PROMPT_FAULT
 from .rects import Coverage
 from .timers import Timers
 

@@ -34,7 +34,7 @@ class Sender:
         self.counters = SenderCounters()
         self._transfers: dict[TransferId, Outgoing] = {}
         self._timers: Timers[TransferId | ev.Peer] = Timers()
-        self._lanes = Lanes(limits, self._timers)
+        self.lanes = Lanes(limits, self._timers)
         self._active = 0
         self._unoffered = 0
         self._out: list[ev.SenderAction] = []
@@ -56,15 +56,6 @@ class Sender:
         transfer = self._transfers.get(transfer_id)
         return len(transfer.flights) if transfer else 0
 
-    def in_flight_bytes(self, peer: ev.Peer) -> int:
-        lane = self._lanes.find(peer)
-        return lane.inflight_bytes if lane else 0
-
-    def queued(self, peer: ev.Peer) -> int:
-        """Rectangles that wait for the peer's lease or window."""
-        lane = self._lanes.find(peer)
-        return len(lane.queue) if lane else 0
-
     def next_deadline_s(self) -> float | None:
         """Feed a Tick at this time (an earlier one does no harm)."""
         return self._timers.next_s()
@@ -79,7 +70,7 @@ class Sender:
             case ev.Computed():
                 self._computed(event, now_s)
             case ev.Heard(peer):
-                self._pump(self._lanes.renew(peer, now_s), now_s)
+                self._pump(self.lanes.renew(peer, now_s), now_s)
             case ev.Offer():
                 self._offer(event, now_s)
             case ev.Granted():
@@ -93,6 +84,9 @@ class Sender:
                     self._end(transfer, ev.SendOutcome.WITHDRAWN, reason, now_s)
             case ev.Revoke(tid, reason):
                 self._revoke(tid, reason, now_s)
+            case ev.Yield(tid):
+                if (transfer := self._live(tid)) and transfer.is_held and self._is_prompt_awaited():
+                    self._end(transfer, ev.SendOutcome.EXPIRED, "no grant came, and its blocks were wanted", now_s)
             case ev.Preempted(tid):
                 self._preempted(tid, now_s)
             case ev.NotNeededCame(tid, reason):
@@ -133,7 +127,7 @@ class Sender:
             return
         transfer.computed.add(rect)
         if transfer.grant is not None:
-            self._pump(self._lanes.enqueue(transfer, transfer.grant, [rect]), now_s)
+            self._pump(self.lanes.enqueue(transfer, transfer.grant, [rect]), now_s)
 
     def _prompt_done(self, transfer_id: TransferId, now_s: float) -> None:
         if transfer := self._live(transfer_id):
@@ -144,7 +138,7 @@ class Sender:
         """Cells in the queue are no longer in memory: they are taken again when they come again."""
         if (transfer := self._live(transfer_id)) is None:
             return
-        dropped = self._lanes.purge(transfer)
+        dropped = self.lanes.purge(transfer)
         transfer.begin_life()
         for item in dropped:
             transfer.give_back(item.rect, item.slot)
@@ -158,11 +152,15 @@ class Sender:
         elif transfer.phase < Phase.ENDING or transfer.outcome is ev.SendOutcome.SENT:
             self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
 
+    def _is_prompt_awaited(self) -> bool:
+        """A receiver holds blocks for a prompt that is not computed: its grants for others may come only after that."""
+        return any(transfer.awaits_prompt for transfer in self._transfers.values())
+
     # --- the peer's events ---
 
     def _granted(self, event: ev.Granted, now_s: float) -> None:
         """Renews the lease too; what waited for it is posted after this grant has replaced an older one."""
-        lane = self._lanes.renew(event.peer, now_s)
+        lane = self.lanes.renew(event.peer, now_s)
         transfer = self._known(event.transfer_id, now_s)
         if transfer is None:
             pass
@@ -177,16 +175,16 @@ class Sender:
 
     def _serve(self, transfer: Outgoing, grant: ev.Granted, now_s: float) -> None:
         """A first or newer grant: everything computed so far goes to it."""
-        self._lanes.purge(transfer)
+        self.lanes.purge(transfer)
         transfer.begin_epoch(grant)
         if len(grant.blocks) != len(self.limits.layers):
             reason = f"the grant names {len(grant.blocks)} groups, this rank has {len(self.limits.layers)}"
             self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
-        elif self._lanes.of(grant.peer).dead:
+        elif self.lanes.of(grant.peer).dead:
             self._end(transfer, ev.SendOutcome.PEER_LOST, "granted by a dead peer", now_s)
         else:
             if not transfer.foreign():
-                self._lanes.enqueue(transfer, grant, transfer.computed.rects())
+                self.lanes.enqueue(transfer, grant, transfer.computed.rects())
             self._bind(transfer, now_s)
 
     def _bind(self, transfer: Outgoing, now_s: float) -> None:
@@ -198,12 +196,12 @@ class Sender:
 
     def _credited(self, event: ev.Credited, now_s: float) -> None:
         """Slots of an older epoch, or for a transfer that is ending, are the receiver's again by the end of it."""
-        lane, transfer = self._lanes.renew(event.peer, now_s), self._transfers.get(event.transfer_id)
+        lane, transfer = self.lanes.renew(event.peer, now_s), self._transfers.get(event.transfer_id)
         if transfer is None or not transfer.takes(event):
             self.counters.stray += 1
         else:
             transfer.slots.extend(event.slots)
-            self._lanes.feed(transfer, lane)
+            self.lanes.feed(transfer, lane)
         self._pump(lane, now_s)
 
     def _refuse(self, transfer: Outgoing, event: ev.Granted, now_s: float) -> None:
@@ -233,7 +231,7 @@ class Sender:
         self._settle(transfer, now_s)
 
     def _peer_gone(self, peer: ev.Peer, dead: bool, fenced: bool, now_s: float) -> None:
-        self._lanes.lapse(peer, dead, now_s)
+        self.lanes.lapse(peer, dead, now_s)
         for transfer in list(self._transfers.values()):
             if transfer.grant is None or transfer.grant.peer != peer:
                 continue
@@ -266,7 +264,7 @@ class Sender:
         if transfer is None or flight is None:
             self.counters.stray += 1
             return
-        lane = self._lanes.of(flight.peer)
+        lane = self.lanes.of(flight.peer)
         lane.inflight_bytes -= flight.bytes
         current = transfer.is_current(flight)
         if event.error:
@@ -295,7 +293,7 @@ class Sender:
     def _end(self, transfer: Outgoing, outcome: ev.SendOutcome, reason: str, now_s: float) -> None:
         """The outcome is known: post nothing more, finish when nothing is in flight."""
         transfer.phase, transfer.outcome, transfer.reason = Phase.ENDING, outcome, reason
-        self._lanes.purge(transfer)
+        self.lanes.purge(transfer)
         self._settle(transfer, now_s)
 
     def _settle(self, transfer: Outgoing, now_s: float) -> None:
@@ -336,20 +334,20 @@ class Sender:
         """Give the answers that have become true; the dead need none."""
         for debt in transfer.payable():
             answer = transfer.answer(debt)
-            lane = self._lanes.find(debt.peer)
+            lane = self.lanes.find(debt.peer)
             if lane is None or not lane.dead:
                 self._out.append(answer)
 
     # --- time ---
 
     def _deadline_s(self, transfer: Outgoing) -> float | None:
-        lane = self._lanes.find(transfer.grant.peer) if transfer.grant else None
+        lane = self.lanes.find(transfer.grant.peer) if transfer.grant else None
         return transfer.deadline_s(self.limits, lane.lease_end_s if lane else -inf)
 
     def _tick(self, now_s: float) -> None:
         for key in self._timers.due(now_s):
             if isinstance(key, ev.Peer):
-                self._lanes.drop_idle(key, now_s)
+                self.lanes.drop_idle(key, now_s)
             elif key in self._transfers:
                 self._ring(self._transfers[key], now_s)
 
@@ -370,7 +368,7 @@ class Sender:
             case Phase.LIVE if transfer.grant is None:
                 self._end(transfer, ev.SendOutcome.EXPIRED, "the prompt is computed, but no grant came", now_s)
             case _:
-                self._lanes.purge(transfer)
+                self.lanes.purge(transfer)
                 stuck = "cancelled, but its writes do not end" if transfer.stuck_s <= now_s else "the peer is silent"
                 transfer.outcome, transfer.reason = ev.SendOutcome.PEER_LOST, transfer.reason or stuck
                 self._finish(transfer, now_s)

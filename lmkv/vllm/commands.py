@@ -59,6 +59,13 @@ class Withdrawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Yielded:
+    """The engine can compute nothing: this finished prompt gives way if another one is waited for (`ev.Yield`)."""
+
+    transfer_id: TransferId
+
+
+@dataclass(frozen=True, slots=True)
 class Expected:
     expects: tuple[ExpectSpec, ...]
 
@@ -128,7 +135,7 @@ Fenced = Ready | LayersDone | Stored | Loading
 """Commands that wait for the device; those behind them wait too, so that the order of steps is kept."""
 
 Command = (
-    Ready | LayersDone | StepDone | Offered | Withdrawn | Expected | Abandoned | Preempted
+    Ready | LayersDone | StepDone | Offered | Withdrawn | Yielded | Expected | Abandoned | Preempted
     | Stored | Loading | Ended | Overwritten
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ from lmkv.control.pairing import PairState
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.transfer.events import PROMPT_FAULT, Prompt
+from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
 
 from .endpoint import EngineEndpoint
 from .metadata import StepMeta

@@ -20,6 +20,7 @@ from .commands import (
     Results,
     StepDone,
     Stored,
+    Yielded,
 )
 from .peers import Peers
 from .pooled.rank import PoolRank
@@ -53,6 +54,8 @@ class Failures:
         match command:
             case LayersDone() | Ready() | StepDone():
                 self._sending.withdrawn(tuple((push.transfer_id, BUG) for push in command.pushes), now_s)
+            case Yielded(tid):
+                self._sending.withdrawn(((tid, BUG),), now_s)
             case Preempted():
                 self._sending.withdrawn(tuple((tid, BUG) for tid in command.transfer_ids), now_s)
             case Offered((offer,)):

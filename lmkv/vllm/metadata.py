@@ -26,6 +26,8 @@ class StepMeta(KVConnectorMetadata):
     pushes: list[Push] = field(default_factory=list)
     preempted: list[TransferId] = field(default_factory=list)
     withdrawals: list[tuple[TransferId, str]] = field(default_factory=list)
+    yields: list[TransferId] = field(default_factory=list)
+    """Finished prompts that are to give way."""
     expects: list[ExpectSpec] = field(default_factory=list)
     abandons: list[TransferId] = field(default_factory=list)
     stores: list[StoreSpec] = field(default_factory=list)

@@ -14,7 +14,7 @@ from lmkv import wire
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 
 from .metadata import StepMeta
 from .params import RequestParams
@@ -22,6 +22,7 @@ from .pooled.adapters import Adapters
 from .prompt import prompt_of
 from .specs import BlockRange, OfferSpec, Push
 from .steps import StepWrites, scheduled
+from .yielding import Yielding
 
 _REMEMBERED = 4096
 
@@ -58,6 +59,7 @@ class PrefillSide:
         self._orphans: list[_Prefill] = []
         self._peers: OrderedDict[TransferId, str] = OrderedDict()
         """The decode engines' addresses."""
+        self.yielding = Yielding()
 
     def new_request(self, request: Any, params: RequestParams) -> None:
         self._requests[request.request_id] = _Prefill(
@@ -86,6 +88,9 @@ class PrefillSide:
             meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, prompt, report=False))
             meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
         self._orphans.clear()
+        giving_way = self.yielding.chosen(output.total_num_scheduled_tokens, self._runtime.clock())
+        if giving_way is not None:
+            meta.yields.append(giving_way)
         if not self._requests:
             return
         for request_id in output.preempted_req_ids or ():
@@ -149,4 +154,5 @@ class PrefillSide:
             return False
         if not prefill.done:
             meta.withdrawals.append((prefill.transfer_id, f"prefill ended as {request.status.name}"))
+        self.yielding.held(prefill.request_id, prefill.transfer_id)
         return True

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 
 from .pooled.adapters import Adapters
 

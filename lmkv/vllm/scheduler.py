@@ -233,11 +233,15 @@ class SchedulerSide:
         self.probes.scheduled(request, computed_tokens)
         if self._broken:
             return 0, False
-        return self._sources.matched_tokens(
+        tokens, loads = self._sources.matched_tokens(
             request, computed_tokens, self._sides.get(request.request_id) is self._decode
         )
+        if tokens is not None:
+            self._prefill.yielding.asked(request.request_id)
+        return tokens, loads
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
+        self._prefill.yielding.served()
         self._sources.allocated(request, blocks, external_tokens, self._sides.get(request.request_id) is self._decode)
 
     def build_meta(self, output: Any) -> StepMeta:
@@ -251,6 +255,7 @@ class SchedulerSide:
         return meta
 
     def take_output(self, output: Any) -> None:
+        self._prefill.yielding.freed(output.finished_sending or set())
         meta = output.kv_connector_worker_meta
         if not isinstance(meta, WorkerMeta):
             return

@@ -16,6 +16,7 @@ from lmkv.ids import Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
 from lmkv.transfer.fanout import transfer_of
 from lmkv.transfer.outgoing import SenderLimits
+from lmkv.transfer.prompt import Prompt
 from lmkv.transfer.sender import Sender
 from lmkv.transport import Extents, OpId, Transport
 
@@ -117,6 +118,10 @@ class Sending:
             if tid in self._sources:
                 self._tell(self._sources[tid].fan.withdraw(reason), now_s)
 
+    def yielded(self, tid: TransferId, now_s: float) -> None:
+        if tid in self._sources and not self._sources[tid].grants:
+            self._tell([ev.Yield(lane) for lane in self._sources[tid].fan.ids], now_s)
+
     def preempted(self, tids: tuple[TransferId, ...], now_s: float, gave_up: bool = False) -> None:
         """Their blocks are to be overwritten once nothing of them is in flight.
 
@@ -171,8 +176,7 @@ class Sending:
         # Of a duplicate, or of one that the machine refuses, the block ids must not replace those in use.
         source.grants.setdefault((grant.incarnation, grant.epoch), grant)
         source.trace.granted_s = source.trace.granted_s or now_s
-        card, meeting = met
-        ranks = sorted(meeting.sends)
+        card, ranks = met[0], sorted(met[1].sends)
         if grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
             logger.info("grant of %s dropped: it is from before the pair was made anew", grant.transfer_id)
             self._fail_other(grant, ranks, "it was granted before the pair was made anew")
@@ -187,7 +191,7 @@ class Sending:
             return
         self._tell(source.fan.open(ranks), now_s)
         blocks = tuple((lo, lo + len(ids)) for lo, ids in zip(grant.first_block, grant.block_ids, strict=True))
-        prompt = ev.Prompt(grant.prompt_digest, grant.prompt_tokens)
+        prompt = Prompt(grant.prompt_digest, grant.prompt_tokens)
         for rank in ranks:
             peer, lane = ev.Peer(grant.incarnation, rank), source.fan.lane(rank)
             worker = card.workers[rank]

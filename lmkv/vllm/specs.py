@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 
 
 @dataclass(frozen=True, slots=True)

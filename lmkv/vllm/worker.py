@@ -35,6 +35,7 @@ from .commands import (
     StepDone,
     Stored,
     Withdrawn,
+    Yielded,
 )
 from .geometry import Shard
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
@@ -176,6 +177,8 @@ class WorkerSide:
             loop.submit(Abandoned(tuple(meta.abandons)))
         if meta.withdrawals:
             loop.submit(Withdrawn(tuple(meta.withdrawals)))
+        for tid in meta.yields:
+            loop.submit(Yielded(tid))
         self._idle = meta.idle
         self._pooled.bind(meta)
         if meta.loads:

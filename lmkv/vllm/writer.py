@@ -39,6 +39,7 @@ from .commands import (
     StepDone,
     Stored,
     Withdrawn,
+    Yielded,
     split,
 )
 from .failures import Failures
@@ -258,6 +259,8 @@ class WorkerLoop:
                 self._sending.offered(command.offers, now_s)
             case Withdrawn():
                 self._sending.withdrawn(command.withdrawals, now_s)
+            case Yielded():
+                self._sending.yielded(command.transfer_id, now_s)
             case Expected():
                 self._receiving.expected(command.expects, now_s)
             case Abandoned():

@@ -257,3 +257,48 @@ def test_what_an_answer_nobody_awaits_has_given_is_given_back(tmp_path: Path) ->
         stats = user.until_stats(lambda s: s["counters"].get("abandoned") == 2 and not s["leases"])
         assert (stats["quarantined_bytes"], stats["used_bytes"], stats["reserved"]) == (0, PAGE, 0)
         assert stats["counters"]["pin:pages"] == 1, "there was a lease"
+
+
+# --- slots of which a writer has said, in vain, that it gives them back ---
+
+
+def test_a_slot_comes_back_though_the_message_that_gave_it_back_was_lost(tmp_path: Path) -> None:
+    node = NodeThread(tmp_path, write_lease_s=0.5)
+    user = User(node.address)
+    with using(node, user):
+        lost, out = user.reserve([1]), user.reserve([2])
+        send = user.link._socket.send
+        user.link._socket.send = lambda *arguments: None
+        user.abandon([1], lost, drained=True)
+        user.link._socket.send = send
+        stats = user.until_stats(lambda s: s["counters"].get("reserve:expired") == 2 and s["quarantined_bytes"] == PAGE)
+        assert stats["used_bytes"] == PAGE, "what may still be written to stays out of use"
+        user.pump_for(1.5)  # more than a beat
+        assert user.stats()["quarantined_bytes"] == PAGE
+        user.abandon([2], out, drained=True)
+        user.until_stats(lambda s: s["quarantined_bytes"] == s["used_bytes"] == 0)
+
+
+def test_slots_are_settled_in_the_order_of_their_questions(tmp_path: Path) -> None:
+    node = NodeProcess(tmp_path)
+    user = User(node.address)
+    with using(node, user):
+        before = user.link.settled
+        first, second = user.reserve([1, 2]), user.reserve([3])
+        held = user.link.settled
+        assert before[0] == held[0] < held[1], "up to the question whose slots are out"
+        user.commit([3], second)
+        assert user.link.settled == held
+        user.commit([1], first[:1])
+        user.abandon([2], first[1:], drained=False)
+        assert user.link.settled == held, "something may still land in it"
+        user.abandon([2], first[1:], drained=True)
+        assert user.link.settled[1] > held[1]
+        user.reserve([1, 3])
+        later = user.link.settled
+        user.get(lambda t: pw.Stats(t), pw.StatsAre)
+        assert user.link.settled[1] > later[1], "nothing was lent: both pages are there"
+        user.reserve([4])
+        user.link.void_slots()
+        user.get(lambda t: pw.Stats(t), pw.StatsAre)
+        assert user.link.settled[1] > later[1] + 2, "slots of a node that is no more are nobody's"

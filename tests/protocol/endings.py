@@ -55,8 +55,8 @@ class Endings:
                 continue
             for job in side.jobs.values():
                 assert not job.offered or job.finished is not None, f"{job.tid} never finished on rank {side.rank}"
-            assert side.machine.active == 0 and side.machine.in_flight_bytes(DECODE) == 0
-            assert side.machine.queued(DECODE) == 0
+            assert side.machine.active == 0 and side.machine.lanes.in_flight_bytes(DECODE) == 0
+            assert side.machine.lanes.queued(DECODE) == 0
         if self.decode_alive:
             for region in self.regions.values():
                 assert region.report is not None, f"{region.tid} epoch {region.epoch} was never reported"

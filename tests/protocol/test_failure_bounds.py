@@ -6,6 +6,7 @@ import pytest
 
 from lmkv.ids import TransferId
 from lmkv.transfer import events as ev
+from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
 from lmkv.transfer.receiver import ReceiverLimits
 
 from .driving import P
@@ -14,15 +15,15 @@ from .things import plan, prefill_peer
 from .world import World
 
 OTHER_PROMPTS = {
-    "digest": ev.Prompt(b"q" * 16, P.tokens),
-    "length": ev.Prompt(P.digest, P.tokens + 1),
-    "unknown": ev.Prompt(b"", P.tokens),
+    "digest": Prompt(b"q" * 16, P.tokens),
+    "length": Prompt(P.digest, P.tokens + 1),
+    "unknown": Prompt(b"", P.tokens),
 }
 
 
 @pytest.mark.parametrize("other", OTHER_PROMPTS.values(), ids=OTHER_PROMPTS)
 @pytest.mark.parametrize("grant_first", [False, True])
-def test_the_engines_tokenized_it_differently(other: ev.Prompt, grant_first: bool) -> None:
+def test_the_engines_tokenized_it_differently(other: Prompt, grant_first: bool) -> None:
     world = World(2)
     world.prompts[T] = other
     if grant_first:
@@ -40,7 +41,7 @@ def test_the_engines_tokenized_it_differently(other: ev.Prompt, grant_first: boo
     deliver_all(world)
     assert outcomes(world) == ("failed", "failed")
     assert (report(world).outcome, report(world).drained) == ("failed", True)
-    assert report(world).reason.startswith(ev.PROMPT_FAULT)
+    assert report(world).reason.startswith(PROMPT_FAULT)
     settle(world)
 
 

@@ -122,7 +122,7 @@ def test_prefill_aborts() -> None:
 def test_prefill_aborts_when_all_is_on_its_way() -> None:
     world = started()
     finish(world)
-    while not world.prefill[0].jobs[T].told_end or world.prefill[0].machine.queued(DECODE):
+    while not world.prefill[0].jobs[T].told_end or world.prefill[0].machine.lanes.queued(DECODE):
         land_all(world)
     world.withdraw(0, T)
     land_all(world)
@@ -136,10 +136,10 @@ def test_prefill_preempts_and_computes_again() -> None:
     side = world.prefill[0]
     side.machine.handle(ev.PeerGone(DECODE, False), world.now)  # the queue has to wait
     world.compute(0, T)
-    queued = side.machine.queued(DECODE)
+    queued = side.machine.lanes.queued(DECODE)
     assert queued > 0
     world.preempt(0, T)
-    assert side.machine.queued(DECODE) == 0, "what waits is no longer in memory"
+    assert side.machine.lanes.queued(DECODE) == 0, "what waits is no longer in memory"
     land_all(world)
     assert not side.jobs[T].fenced, "blocks may be overwritten once nothing is in flight"
     world.to_sender(0, ev.Heard(DECODE))

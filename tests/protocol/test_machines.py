@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 
 from lmkv.ids import TransferId
 from lmkv.transfer import events as ev
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 
 from .driving import P
 from .things import DECODE, PROMPT, Flight, prefill_peer

@@ -43,9 +43,9 @@ def test_the_window_holds_back_and_keeps_order() -> None:
     run = Run()
     first = [Computed(T, Rect(0, layer, layer + 1, 0, 4)) for layer in range(4)]
     actions = run.go(Offer(T, R, P), grant(1), Offer(U, RequestId("s"), P), grant(1, tid=U), *first)
-    assert len(posts(actions)) == 4 and run.machine.in_flight_bytes(D) == 160
+    assert len(posts(actions)) == 4 and run.machine.lanes.in_flight_bytes(D) == 160
     assert run.go(Computed(U, Rect(0, 0, 1, 0, 2)), Computed(U, Rect(0, 1, 2, 0, 4))) == []
-    assert run.machine.queued(D) == 2
+    assert run.machine.lanes.queued(D) == 2
     assert [a.rect for a in run.land(1) if isinstance(a, PostWrite)] == [Rect(0, 0, 1, 0, 2)]
     assert [a.rect for a in run.land(0) if isinstance(a, PostWrite)] == [Rect(0, 1, 2, 0, 4)]
 
@@ -98,7 +98,7 @@ def test_a_newer_grant_starts_over_from_the_backlog() -> None:
     run = Run()
     run.live(ALL)
     actions = run.go(grant(2, (0, 2)))
-    assert posts(actions) == [] and run.machine.queued(D) > 0, "the old epoch still fills the window"
+    assert posts(actions) == [] and run.machine.lanes.queued(D) > 0, "the old epoch still fills the window"
     actions = run.land(0, 1)
     assert posts(actions) == [(2, Rect(0, 0, 4, 0, 2))]
     assert of(SendSeal, actions) == [SendSeal(D, T, Epoch(2), 1, 80)]

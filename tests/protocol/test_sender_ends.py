@@ -20,6 +20,7 @@ from lmkv.transfer.events import (
     SendFailed,
     Tick,
     Withdraw,
+    Yield,
 )
 from lmkv.transfer.sender import SenderLimits
 
@@ -148,6 +149,32 @@ def test_no_grant_expires() -> None:
     assert run.go(Tick(), at=34.9) == [] and ends(run.go(Tick(), at=35.0)) == ["expired"]
 
 
+def test_a_finished_prompt_gives_way_only_to_one_that_its_receiver_waits_for() -> None:
+    run = Run()
+    run.go(Offer(T, R, P), Computed(T, ALL))
+    assert run.go(Yield(T)) == [], "it is still being computed"
+    assert run.go(PromptDone(T), Yield(T)) == [], "nobody waits for another prompt"
+    run.go(grant(1, tid=U))  # early: its blocks are wanted
+    (finished,) = of(Finished, run.go(Yield(T)))
+    assert finished.outcome == "expired" and "its blocks were wanted" in finished.reason
+    assert of(SendFailed, run.go(grant(2))) != [], "the late grant is told"
+    assert run.go(Yield(T), Yield(TransferId("unknown"))) == []
+
+
+def test_a_granted_prompt_does_not_give_way() -> None:
+    run = Run()
+    run.go(Offer(T, R, P), grant(1), Computed(T, ALL), PromptDone(T), grant(1, tid=U))
+    assert run.go(Yield(T)) == []
+
+
+def test_a_preempted_prompt_is_waited_for() -> None:
+    run = Run()
+    run.go(Offer(T, R, P), Computed(T, ALL), PromptDone(T))
+    run.go(Offer(U, R, P), grant(1, tid=U), Computed(U, ALL))
+    run.go(Preempted(U))
+    assert ends(run.go(Yield(T))) == ["expired"]
+
+
 def test_a_silent_peer_is_given_up_and_answered_when_its_writes_are_done() -> None:
     run = Run()
     run.live(ALL)
@@ -156,7 +183,7 @@ def test_a_silent_peer_is_given_up_and_answered_when_its_writes_are_done() -> No
     assert ends(actions) == ["peer_lost"] and len(actions) == 1, "no promise while writes may land"
     assert run.go(cancel(1)) == [] and run.land(0) == []
     assert {type(a) for a in run.land(1)} == {SendCancelled, SendFailed}
-    assert run.machine.in_flight_bytes(D) == 0
+    assert run.machine.lanes.in_flight_bytes(D) == 0
 
 
 def test_a_record_with_writes_in_flight_outlives_its_tombstone() -> None:
@@ -202,8 +229,8 @@ def test_withdrawn() -> None:
 def test_what_waits_in_the_queue_is_not_posted_after_the_end(end: SenderEvent) -> None:
     run = Run(SenderLimits((10,), (4,), max_post_bytes=80, max_inflight_bytes=80))
     run.live(ALL)
-    assert run.machine.queued(D) == 1
-    assert run.go(end) == [] and run.machine.queued(D) == 0
+    assert run.machine.lanes.queued(D) == 1
+    assert run.go(end) == [] and run.machine.lanes.queued(D) == 0
     actions = run.land(0)
     assert posts(actions) == [] and len(ends(actions)) == 1
 

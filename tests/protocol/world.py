@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from lmkv.ids import Epoch, RequestId, TransferId
 from lmkv.transfer import events as ev
+from lmkv.transfer.prompt import Prompt
 from lmkv.transfer.receiver import Receiver, ReceiverLimits
 from lmkv.transfer.rects import cells_of
 from lmkv.transfer.sender import SenderLimits
@@ -53,7 +54,7 @@ class World(Endings):
         """Ranks that do not get what decode sends on the control plane."""
         self.deaf_to_prefill: set[int] = set()
         """Ranks whose control messages do not get to decode."""
-        self.prompts: dict[TransferId, ev.Prompt] = {}
+        self.prompts: dict[TransferId, Prompt] = {}
         """What prefill takes for the prompt, where that is not decode's."""
         self.log: list[tuple[float, str, object]] = []
 

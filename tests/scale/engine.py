@@ -26,6 +26,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 from safetensors.numpy import save_file
+from vllm.v1.outputs import KVConnectorOutput
 
 from lmkv.config import ConnectorSettings
 from lmkv.vllm.geometry import Shard
@@ -200,7 +201,8 @@ class SmallEngine:
     def _end_step(self) -> None:
         finished, self._finished = self._finished, set()
         sent, received, failed = self.worker.results(finished)
-        self.scheduler.take_output(SimpleNamespace(kv_connector_worker_meta=self.worker.worker_meta()))
+        meta = self.worker.worker_meta()
+        self.scheduler.take_output(KVConnectorOutput(finished_sending=sent, kv_connector_worker_meta=meta))
         self._sending -= sent
         self.counted["sent"] += len(sent)
         self.counted["failed"] += len(failed)

@@ -12,7 +12,7 @@ import pytest
 from lmkv.config import ConnectorSettings
 from lmkv.control.pairing import PairState
 from lmkv.ids import Epoch, Incarnation, Rank, RequestId, make_transfer_id
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 from lmkv.vllm.specs import BlockRange, ExpectSpec, LoadSpec, OfferSpec, RankReport
 from tests.simulation.builders import REQUEST, Engine, start_node
 from tests.simulation.virtual import SteppedRuntime
@@ -20,6 +20,8 @@ from tests.vllm.pool_bed import CHUNK, NAMESPACE, FullAttentionSpec
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what vLLM imports warns
+    from vllm.v1.outputs import KVConnectorOutput
+
     from lmkv.vllm import decode, prefill, scheduler
     from lmkv.vllm.metadata import StepMeta, WorkerMeta
     from lmkv.vllm.scheduler import SchedulerSide
@@ -115,7 +117,7 @@ def side(world: SteppedRuntime, monkeypatch: pytest.MonkeyPatch) -> SchedulerSid
 
 
 def output(worker_meta: WorkerMeta) -> Any:
-    return SimpleNamespace(kv_connector_worker_meta=worker_meta)
+    return KVConnectorOutput(kv_connector_worker_meta=worker_meta)
 
 
 def scheduled(*names: str) -> Any:

@@ -12,7 +12,7 @@ from lmkv import wire
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.control.pairing import PairState
 from lmkv.ids import Epoch, Incarnation, Rank, RequestId, make_transfer_id
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 from lmkv.vllm.commands import (
     Abandoned,
     BlockHold,

@@ -17,7 +17,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Epoch, Incarnation, Rank, RequestId, TransferId
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 from lmkv.transport import open_transport
 from lmkv.vllm import memory
 from lmkv.vllm.cards import times, worker_card

@@ -12,7 +12,7 @@ from lmkv.config import ConnectorSettings
 from lmkv.control.pairing import PairState
 from lmkv.ids import EngineName, Incarnation, Rank, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.transfer.events import PROMPT_DIFFERS
+from lmkv.transfer.prompt import PROMPT_DIFFERS
 from lmkv.vllm.params import RequestParams
 from lmkv.vllm.specs import RankReport
 

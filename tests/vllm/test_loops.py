@@ -14,7 +14,8 @@ import torch
 
 from lmkv import wire
 from lmkv.ids import Epoch, Rank, TransferId
-from lmkv.transfer.events import PROMPT_FAULT, Peer, Prompt
+from lmkv.transfer.events import Peer
+from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
 from lmkv.transport import OpId, PeerId
 from lmkv.vllm.checking import ALL_PPM, is_checked
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmkv.transfer.events import Prompt
+from lmkv.transfer.prompt import Prompt
 from lmkv.vllm.prompt import DIGEST_BYTES, prompt_digest, prompt_of
 
 with warnings.catch_warnings():

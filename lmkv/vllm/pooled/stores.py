@@ -285,6 +285,7 @@ class Stores:
     def _commit(self, job: _Job, batch: list[tuple[int, pw.Slot]], sums: list[Sums], now_s: float) -> None:
         if job.access.incarnation != job.node:
             self._counters["store:node_lost"] += len(batch)
+            self._abandon(job, batch)
             return
         spec, shard = job.spec, self._shares.groups[job.group].shard
         keys = self._keys(job, batch)
@@ -319,8 +320,9 @@ class Stores:
         self._packed(job)
 
     def _abandon(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> None:
-        """Nothing of ours can land in these slots (any more)."""
-        if batch and job.access.incarnation == job.node:
+        """Nothing of ours can land in these slots (any more). Said also to a node that is silent or another one by
+        now, which knows no such slots: slots that nobody gives back are lost to the node as long as we live."""
+        if batch:
             generations = tuple(slot.generation for _, slot in batch)
             job.access.link.tell(
                 pw.Abandon(*self._writer, job.spec.namespace, self._keys(job, batch), generations, True)

@@ -217,7 +217,7 @@ WORKER = (
         "worker",
         "what waits for the peer's window when its request is preempted is posted afterwards",
         "lmkv/transfer/sender.py",
-        "dropped = self._lanes.purge(transfer)\n        transfer.begin_life()",
+        "dropped = self.lanes.purge(transfer)\n        transfer.begin_life()",
         "dropped: list[Queued] = []\n        transfer.begin_life()",
     ),
     Mutant(

@@ -1,0 +1,65 @@
+"""Notices that finished prompts keep an engine from computing anything, and says which of them is to give way.
+
+Prefill holds the blocks of a finished prompt until decode grants its own for it, and decode holds granted blocks until
+the KV has come. With small caches each may hold what the other waits for: prefill has no blocks left for the prompts
+that decode has granted, and decode none for those that prefill has finished. Both would stand still until a deadline.
+
+Engine thread only.
+"""
+
+from __future__ import annotations
+
+from lmkv.ids import RequestId, TransferId
+
+YIELD_S = 1.0
+"""An engine that could run nothing for so long, for want of blocks, asks one more finished prompt to give way."""
+
+
+class Yielding:
+    """Follows vLLM's scheduling: `asked` and `served` for each waiting request that vLLM looks at, `chosen` at the end
+    of each step."""
+
+    def __init__(self) -> None:
+        self._held: dict[RequestId, TransferId] = {}
+        """Ended requests whose blocks wait to be sent, the oldest first."""
+        self._tried: set[RequestId] = set()
+        self._wanting: RequestId | None = None
+        self._stuck_s: float | None = None
+        """Since when nothing has run although a request wanted blocks."""
+
+    def held(self, request_id: RequestId, transfer_id: TransferId) -> None:
+        """The request has ended, and its blocks are kept."""
+        self._held[request_id] = transfer_id
+
+    def freed(self, request_ids: set[RequestId]) -> None:
+        for request_id in request_ids & self._held.keys():
+            del self._held[request_id]
+            self._tried.discard(request_id)
+
+    def asked(self, request_id: RequestId) -> None:
+        """vLLM is about to look for blocks for a waiting request."""
+        self._wanting = request_id
+
+    def served(self) -> None:
+        """It has found them."""
+        self._wanting = None
+
+    def chosen(self, tokens: int, now_s: float) -> TransferId | None:
+        """The transfer that is to give way after a step of so many tokens, if any.
+
+        The newest comes first: decode takes requests in their order, so it will ask for that one last.
+        """
+        wanting, self._wanting = self._wanting, None
+        if tokens or wanting is None or not self._held:
+            self._stuck_s = None
+            return None
+        if self._stuck_s is None:
+            self._stuck_s = now_s
+        if now_s - self._stuck_s < YIELD_S:
+            return None
+        self._stuck_s = now_s
+        if self._held.keys() <= self._tried:
+            self._tried.clear()
+        request_id = next(r for r in reversed(self._held) if r not in self._tried)
+        self._tried.add(request_id)
+        return self._held[request_id]

@@ -1,0 +1,60 @@
+"""When finished prompts have to give way, and which."""
+
+from __future__ import annotations
+
+from lmkv.ids import RequestId, TransferId
+from lmkv.vllm.yielding import YIELD_S, Yielding
+
+A, B = RequestId("a"), RequestId("b")
+
+
+def with_two() -> Yielding:
+    yielding = Yielding()
+    yielding.held(A, TransferId("ta"))
+    yielding.held(B, TransferId("tb"))
+    return yielding
+
+
+def step(yielding: Yielding, now_s: float, tokens: int = 0, served: bool = False) -> TransferId | None:
+    yielding.asked(RequestId("c"))
+    if served:
+        yielding.served()
+    return yielding.chosen(tokens, now_s)
+
+
+def test_the_newest_gives_way_once_nothing_has_run_for_a_while() -> None:
+    yielding = with_two()
+    assert step(yielding, 0.0) is None
+    assert step(yielding, YIELD_S / 2) is None
+    assert step(yielding, YIELD_S) == "tb"
+    assert step(yielding, YIELD_S * 1.5) is None, "one at a time"
+    assert step(yielding, YIELD_S * 2) == "ta"
+
+
+def test_all_are_tried_again_when_none_could_give_way() -> None:
+    yielding = with_two()
+    tried = [step(yielding, i * YIELD_S) for i in range(5)]
+    assert tried == [None, "tb", "ta", "tb", "ta"]
+
+
+def test_what_has_been_freed_is_not_chosen() -> None:
+    yielding = with_two()
+    step(yielding, 0.0)
+    yielding.freed({B, RequestId("of another")})
+    assert step(yielding, YIELD_S) == "ta"
+    yielding.freed({A})
+    assert step(yielding, 9 * YIELD_S) is None
+
+
+def test_an_engine_that_computes_or_finds_blocks_is_not_stuck() -> None:
+    yielding = with_two()
+    step(yielding, 0.0)
+    assert step(yielding, YIELD_S, tokens=16) is None
+    assert step(yielding, 2 * YIELD_S) is None, "the time counts from here"
+    assert step(yielding, 3 * YIELD_S, served=True) is None
+    assert step(yielding, 4 * YIELD_S) is None
+
+
+def test_an_idle_engine_is_not_stuck() -> None:
+    yielding = with_two()
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(3)] == [None, None, None]
