@@ -62,10 +62,12 @@ class Hello(Message, frozen=True, tag=True):
 
 
 class Welcome(Message, frozen=True, tag=True):
-    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello."""
+    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello; `yours` is the
+    receiver's number as the sender knows it."""
 
     card: EngineCard
     pair: int = 0
+    yours: int = 0
 
 
 class Refuse(Message, frozen=True, tag=True):

@@ -231,7 +231,7 @@ class EngineEndpoint:
                 case wire.Hello():
                     actions = pairing.hello(message.card, message.pair)
                 case wire.Welcome():
-                    actions = pairing.welcome(message.card, message.pair)
+                    actions = pairing.welcome(message.card, message.pair, message.yours)
                 case wire.Refuse():
                     actions = pairing.refuse(message.address, message.reason)
                     logger.error("pairing refused by %s: %s", message.address, message.reason)
