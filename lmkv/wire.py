@@ -246,7 +246,8 @@ class Description(Message, frozen=True, tag=True):
     private: str = ""
     """Why this engine's KV is its own alone (its weights cannot be identified), or ""."""
     trouble: str = ""
-    """Why this engine exchanges no KV (any more), and computes every prompt itself."""
+    """What of lmkv has died in this engine: why it exchanges no KV any more and computes every prompt itself, or why it
+    does not use the pool."""
 
 
 class Explain(Message, frozen=True, tag=True):

@@ -53,6 +53,7 @@ class EngineEndpoint:
         self._is_over = False
         self._is_closed = False
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
+        self._find_trouble: Callable[[], str] = lambda: ""
         self._private = ""
         self._closed = "the digest of the weights is not known yet"
         """Why there is no pairing (yet, or any more)."""
@@ -81,6 +82,10 @@ class EngineEndpoint:
     def on_pool(self, hear: Callable[[wire.PoolNodes | wire.Parked], None]) -> None:
         """Before `start`: who hears, on the endpoint's thread, what is told of the pool."""
         self._hear_pool = hear
+
+    def on_describe(self, find_trouble: Callable[[], str]) -> None:
+        """Before `start`: what has failed beside the pairs, or ""; asked on the endpoint's thread (Describe)."""
+        self._find_trouble = find_trouble
 
     def refuse_all(self, reason: str) -> None:
         """Instead of `start`, or from then on: this engine pairs with nobody, and tells why to who asks."""
@@ -271,7 +276,7 @@ class EngineEndpoint:
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None
         card = self._pairing.card
-        trouble = self._closed if self._is_refusing else ""
+        trouble = self._closed if self._is_refusing else self._find_trouble()
         peers = tuple((peer.name, peer.incarnation) for peer in self._pairing.ready_peers())
         return wire.Description(
             token, card.name, card.incarnation, card.role, peers, self._book.counts(), self._private, trouble

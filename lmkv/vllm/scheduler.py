@@ -108,6 +108,7 @@ class SchedulerSide:
             "tp": str(len(ordered)),
         }
         self._endpoint.on_pool(self._hear_pool)
+        self._endpoint.on_describe(lambda: self._pool.trouble if self._pool is not None else "")
         unpooled = next((meta.unpooled for meta in ordered if meta.unpooled), "")
         if not unpooled:
             self._pool = PoolSide(
