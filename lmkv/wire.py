@@ -105,6 +105,13 @@ class Replaced(Message, frozen=True, tag=True):
     export: bytes
 
 
+class Broken(Message, frozen=True, tag=True):
+    """Worker to its own engine, its last word: its loop has failed, and moves no KV any more."""
+
+    rank: Rank
+    reason: str
+
+
 class Dismiss(Message, frozen=True, tag=True):
     """Engine to its own workers: that incarnation is gone (`dead`: proven, else only replaced)."""
 
@@ -264,8 +271,8 @@ class Explained(Message, frozen=True, tag=True):
 
 
 Control = (
-    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Dismiss | PoolName | PoolNodes | Beat
-    | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Broken | Dismiss | PoolName | PoolNodes
+    | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
 )  # fmt: skip
 
 

@@ -90,8 +90,11 @@ class EngineEndpoint:
     def refuse_all(self, reason: str) -> None:
         """Instead of `start`, or from then on: this engine pairs with nobody, and tells why to who asks."""
         with self._lock:
-            self._closed, self._is_refusing = reason, True
-            self._wanted.clear()
+            self._refuse_all(reason)
+
+    def _refuse_all(self, reason: str) -> None:
+        self._closed, self._is_refusing = reason, True
+        self._wanted.clear()
 
     # --- engine thread ---
 
@@ -245,6 +248,8 @@ class EngineEndpoint:
                 case wire.Replaced():
                     actions, lost = pairing.replaced(message.rank, message.export)
                     self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)
+                case wire.Broken():
+                    self._refuse_all(message.reason)
                 case wire.Meet():
                     actions = self._meet(pairing, message, letter.identity, now_s)
                 case wire.PoolNodes() | wire.Parked():
