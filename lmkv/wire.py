@@ -272,7 +272,8 @@ class Explained(Message, frozen=True, tag=True):
 
 Control = (
     Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Broken | Dismiss | PoolName | PoolNodes
-    | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+    | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain
+    | Explained
 )  # fmt: skip
 
 
