@@ -217,6 +217,21 @@ def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
         pair.close()
 
 
+def test_what_waits_for_slots_of_an_old_pair_ends_with_it(pair: Pair) -> None:
+    """A decode rank with a new data plane lends no slot for what it granted before, and does not cancel it either; its
+    beats go on. Prefill's blocks would be held for good."""
+    card = pair.decode.card
+    worker = msgspec.structs.replace(card.workers[0], slot_bytes=1 << 20)
+    pair.decode.card = msgspec.structs.replace(card, workers=(worker,))
+    pair.introduce(number=1)
+    pair.grant(T, INTO, landing=True, pair=1)
+    pair.offer(T)
+    pair.compute(T, FROM)
+    until(lambda: T in pair.prefill.loop._sending._sources and pair.prefill.loop._sending._sources[T].grants)
+    pair.introduce(number=2)
+    assert pair.ledger(T)["outcome"] == "failed"
+
+
 def test_a_quarantine_that_lasts_too_long_is_ended_by_a_new_data_plane(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
