@@ -12,7 +12,7 @@ from statistics import quantiles
 from .bed import PROSE, Client
 
 PROMPT_CHARACTERS = 1600
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +26,14 @@ class Asked:
     started_s: float
     ended_s: float
 
+    @property
+    def took_s(self) -> float:
+        return self.ended_s - self.started_s
+
 
 @dataclass(slots=True)
 class Load:
-    """`asked` is in the order of the answers. What was answered after the window is among it, but no goodput."""
+    """`asked` is in the order of the answers. What was answered after the window is among it, but not in time."""
 
     window_s: float
     asked: list[Asked] = field(default_factory=list)
@@ -39,11 +43,11 @@ class Load:
         return [one for one in self.asked if one.ended_s <= self.window_s]
 
     def told(self) -> str:
-        times = [one.ended_s - one.started_s for one in self.asked]
-        cuts = quantiles(times, n=20)
+        cuts = quantiles((one.took_s for one in self.asked), n=20)
+        worst = max(self.asked, key=lambda one: one.took_s)
         return (
-            f"{len(self.in_time)} answers in {self.window_s:.0f} s, took {cuts[9]:.2f} s (median), {cuts[18]:.2f} s "
-            f"(19 of 20), {max(times):.2f} s (longest)"
+            f"{len(self.in_time)} answers in {self.window_s:.0f} s, took {cuts[9]:.1f} s (median), {cuts[18]:.1f} s "
+            f"(19 of 20), {worst.took_s:.1f} s (longest, asked after {worst.started_s:.1f} s)"
         )
 
 

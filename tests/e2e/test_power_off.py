@@ -29,17 +29,19 @@ RETURN_S = 10.0
 """The quarantine has ended this long after its limit."""
 WINDOW_S = 45.0
 """From the cut over the end of leases and quarantine to the time when all pairs are made anew, and more."""
-PERIOD_S = 2.0
+PERIOD_S = 2.5
 CLIENTS = 2
 """Of each pair."""
 GOODPUT = 0.9
 COMPARED = 8
 """So many answers of the load are compared with what decode computes itself."""
 LINK_MBIT = 20.0
-UNDER_WAY_BYTES = 2 << 20
-PUSHED_TOKENS = 2400
-PUSHES = 2
-"""For each pair of the dead host: 10 MB each."""
+PUSHES = 6
+"""For each pair of the dead host. Each of its two ranks may write to two slots of each, and to eight of the first ones:
+all 32, did it get what it asks for."""
+PUSHED_TOKENS = 1500
+UNDER_WAY_BYTES = 3 << 20
+"""Half of one push."""
 
 
 @dataclass(frozen=True, slots=True)
