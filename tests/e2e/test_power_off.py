@@ -35,13 +35,12 @@ CLIENTS = 2
 GOODPUT = 0.9
 COMPARED = 8
 """So many answers of the load are compared with what decode computes itself."""
-LINK_MBIT = 20.0
-PUSHES = 6
-"""For each pair of the dead host. Each of its two ranks may write to two slots of each, and to eight of the first ones:
-all 32, did it get what it asks for."""
-PUSHED_TOKENS = 1500
-UNDER_WAY_BYTES = 3 << 20
-"""Half of one push."""
+LINK_MBIT = 10.0
+PUSHES = 8
+"""For each pair of the dead host. Each of its two ranks asks for two slots for each: all 32 that there are."""
+PUSHED_TOKENS = 600
+UNDER_WAY_BYTES = 1 << 20
+"""Less than half of one push."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,16 +163,17 @@ async def pushes_of(bed: Bed, client: Client) -> list[Push]:
 
 
 async def push(bed: Bed, client: Client, pushes: list[Push]) -> list[asyncio.Task[Reply]]:
-    """Send them over a slow link, and return as soon as some of their KV has come to each decode host."""
+    """Send them over a slow link, and return as soon as all wait for KV, and each decode host has got some of it."""
     links = (bed.direct_host, bed.landing_host)
     bed.doomed_host.limit(LINK_MBIT)
     begun = [host.got_bytes() for host in links]
     tasks = [asyncio.create_task(client.complete(one.url, one.prompt)) for one in pushes]
 
     async def under_way() -> bool:
-        return all(host.got_bytes() - had > UNDER_WAY_BYTES for host, had in zip(links, begun, strict=True))
+        come = all(host.got_bytes() - had > UNDER_WAY_BYTES for host, had in zip(links, begun, strict=True))
+        return come and all([await client.metric(d, "vllm:num_requests_waiting") >= PUSHES for d in bed.decodes])
 
-    await eventually(under_way, "KV to come to both decode hosts")
+    await eventually(under_way, "all requests to wait for KV, some of which has come to both decode hosts", 20.0)
     assert not any(task.done() for task in tasks), "the pushes were faster than the test"
     return tasks
 
