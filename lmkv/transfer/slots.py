@@ -7,10 +7,10 @@ in quarantine. Free slots go round: first to writers without any, then to those 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
-from lmkv.ids import Epoch, TransferId
+from lmkv.ids import Epoch, Incarnation, TransferId
 
 from .events import Peer
 
@@ -93,12 +93,21 @@ class SlotRing:
     def _lend(self) -> list[Loan]:
         """Round by round, one slot each to those with the fewest, so that none starves."""
         lent: dict[Borrower, list[int]] = {}
+        holds: Counter[Incarnation] = Counter()
+        for borrower, account in self._accounts.items():
+            holds[borrower.peer.incarnation] += len(account.held)
         while self._free:
-            hungry = [b for b, a in self._accounts.items() if a.hungry and len(a.held) < self._most(a)]
+            modest = {engine for engine, held in holds.items() if held < len(self._free)}
+            hungry = [
+                b
+                for b, a in self._accounts.items()
+                if a.hungry and len(a.held) < self._most(a) and b.peer.incarnation in modest
+            ]
             if not hungry:
                 break
             borrower = min(hungry, key=lambda b: len(self._accounts[b].held))
             slot = self._free.popleft()
             self._accounts[borrower].held.add(slot)
+            holds[borrower.peer.incarnation] += 1
             lent.setdefault(borrower, []).append(slot)
         return [Loan(borrower, tuple(slots)) for borrower, slots in lent.items()]

@@ -116,6 +116,10 @@ class Peers:
         """Control address of that rank, also after its engine was dismissed."""
         return self._addresses.get(peer)
 
+    def ranks_of(self, incarnation: Incarnation) -> tuple[Peer, ...]:
+        """Those of its ranks that we have been connected to, also after it was dismissed."""
+        return tuple(peer for peer in self._addresses if peer.incarnation == incarnation)
+
     # --- coming and going ---
 
     def introduce(self, message: wire.Introduce, now_s: float) -> None:
@@ -321,11 +325,7 @@ class Peers:
             elif now_s - pal.parted_s > DEPARTED_S and not self._holds(peer):
                 del self._departed[peer]
                 self._leave(pal)
-            elif (
-                pal.transport_id in self._by_transport
-                and peer not in probing
-                and now_s - pal.probe_s >= AGAIN_S
-            ):
+            elif pal.transport_id in self._by_transport and peer not in probing and now_s - pal.probe_s >= AGAIN_S:
                 pal.probe_s = now_s
                 self._warm(pal)
 
@@ -392,12 +392,6 @@ class Peers:
         """Seconds until `tick` has something to do."""
         ending = any(pal.ended_s for pal in self._departed.values())
         departed_s = DRAIN_S / 4 if ending else AGAIN_S if self._departed else 3600.0
-        if not self._pals:
-            return departed_s
-        return min(
-            departed_s,
-            *(
-                PROBE_EVERY_S if pal.suspected else max(0.0, pal.beat_s + self._settings.beat_s - now_s)
-                for pal in self._pals.values()
-            ),
-        )
+        pals, beat_s = self._pals.values(), self._settings.beat_s
+        due = [PROBE_EVERY_S if pal.suspected else max(0.0, pal.beat_s + beat_s - now_s) for pal in pals]
+        return min([departed_s, *due])

@@ -88,7 +88,8 @@ class Receiving:
                 self.note_came(sender, note, now_s)
 
     def _expectation(self, spec: ExpectSpec) -> tuple[ev.Expect, bool]:
-        """What the machine is to expect, and whether its writers are peers (still)."""
+        """What the machine is to expect, and whether its writers are peers (still). In landing mode nothing lands for
+        those that are not, but they may have the grant, and have to be told that no slot will come."""
         writers = self._landing.writers(spec) if spec.landing else None
         if writers is not None:
             self._landing.open(spec)
@@ -97,11 +98,11 @@ class Receiving:
             payload_bytes = self._landing.payload_bytes(spec, self._layers)
             expect = ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, writers, rects, payload_bytes)
             return expect, True
-        peer = ev.Peer(spec.incarnation, self._rank)
+        peers = self._peers.ranks_of(spec.incarnation) if spec.landing else (ev.Peer(spec.incarnation, self._rank),)
         rects = tuple(ev.Rect(r.group, 0, self._layers[r.group], r.lo, r.hi) for r in spec.blocks if r.ids)
         payload_bytes = sum(self._sizes[r.group] * (r.block_hi - r.block_lo) * r.layer_hi for r in rects)
-        known = not spec.landing and self._peers.find(peer) is not None
-        return ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, (peer,), rects, payload_bytes), known
+        known = not spec.landing and self._peers.find(peers[0]) is not None
+        return ev.Expect(spec.transfer_id, spec.request_id, spec.epoch, peers, rects, payload_bytes), known
 
     def abandoned(self, tids: tuple[TransferId, ...], now_s: float) -> None:
         for tid in tids:

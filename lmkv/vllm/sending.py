@@ -205,10 +205,12 @@ class Sending:
             self.credit_came(credit, now_s)
 
     def introduced(self, incarnation: Incarnation, now_s: float) -> None:
-        """The engine has become a peer: what it has granted before is served now."""
-        if self._peers.met(incarnation) is not None:
-            for grant in self._early.take_grants(incarnation):
-                self.grant_came(grant, now_s)
+        """The engine has become a peer: what it granted in an older pair is over, what came early is served."""
+        pair = self._peers.pair_of(incarnation)
+        for source in [s for s in self._sources.values() if s.is_void(incarnation, pair)]:
+            self._tell(source.fan.revoke("the pair was made anew after its grant"), now_s)
+        for grant in self._early.take_grants(incarnation) if pair is not None else ():
+            self.grant_came(grant, now_s)
 
     def _forget_if_closed(self, tid: TransferId) -> bool:
         source = self._sources.get(tid)
@@ -394,7 +396,4 @@ class Sending:
         self._ledgers.append(facts(trace))
 
     def _source(self, tid: TransferId) -> Source:
-        source = self._sources.get(tid)
-        if source is None:
-            source = self._sources[tid] = Source.of(tid, self._rank, len(self._layers))
-        return source
+        return self._sources.get(tid) or self._sources.setdefault(tid, Source.of(tid, self._rank, len(self._layers)))

@@ -32,6 +32,12 @@ class Source:
     def of(tid: TransferId, rank: Rank, groups: int) -> Source:
         return Source(SendTrace(tid, rank), tuple([] for _ in range(groups)), Fan(tid))
 
+    def is_void(self, incarnation: Incarnation, pair: int | None) -> bool:
+        """This engine granted it, in other pairs than `pair` only. It may have a new data plane since, and then neither
+        lends a slot for the old grant nor cancels it. None: there is no pair yet."""
+        pairs = {grant.pair for (granter, _), grant in self.grants.items() if granter == incarnation}
+        return pair is not None and bool(pairs) and pair not in pairs
+
     def end(self, last: ev.Finished, now_s: float) -> ev.Finished:
         """The last lane has ended: the trace is complete but for the clock offset. Returns the worst of the ends."""
         worst = next((end for end in self.outcomes if end.outcome is not ev.SendOutcome.SENT), last)

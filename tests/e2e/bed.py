@@ -25,6 +25,8 @@ from lmkv.control.client import ControlClient
 from lmkv.pool.link import Link
 from tests.ports import free_port
 
+from .hosts import Host
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = Path(os.environ.get("LMKV_MODELS", ROOT / "models"))
 START_S = 600.0
@@ -77,11 +79,21 @@ class Engine:
     port: int
     proc: Proc
     ready_file: Path
+    host: str = "127.0.0.1"
 
     @classmethod
     def start(
-        cls, name: str, role: str, run: Path, *args: str, model: str, core: str = "", env: dict[str, str] | None = None
+        cls,
+        name: str,
+        role: str,
+        run: Path,
+        *args: str,
+        model: str,
+        core: str = "",
+        env: dict[str, str] | None = None,
+        on: Host | None = None,
     ) -> Engine:
+        """`on`: the host that it runs on, None for this one."""
         port = free_port(10_000)
         ready = run / f"{name}.ready"
         ready.unlink(missing_ok=True)
@@ -91,18 +103,21 @@ class Engine:
             # Tests empty the prefix cache to see what the pool has: the weights stay what they are.
             "LMKV_ON_RESET": "external",
             **({"LMKV_CORES": core} if core else {}),
+            **(on.env() if on else {}),
             **(env or {}),
         }
-        command = [str(ROOT / f"scripts/launch_{role}.sh"), "--port", str(port), "--model", str(MODELS / model), *args]
-        return cls(role, port, spawn(name, command, run, variables), ready)
+        address, prefix = (on.address, on.prefix()) if on else ("127.0.0.1", [])
+        script = [*prefix, str(ROOT / f"scripts/launch_{role}.sh"), "--host", address, "--port", str(port)]
+        command = [*script, "--model", str(MODELS / model), *args]
+        return cls(role, port, spawn(name, command, run, variables), ready, address)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def control(self) -> str:
-        return f"tcp://127.0.0.1:{self.port + 10000}"
+        return f"tcp://{self.host}:{self.port + 10000}"
 
     def wait_ready(self) -> None:
         deadline = time.monotonic() + START_S

@@ -145,13 +145,14 @@ class Driver:
         # A client that goes takes both halves along; either may also end alone (an error of its engine), and decode's
         # may never be sent (the router has died).
         ends = self._rnd.choice(("pd", "p", "d", "p-alone")) if plan.abort_s >= 0 else ""
+        job = self._job(plan, f"d{number}", params("decode", prefill))
         if first:
             theirs = plan.prefill_prompt or plan.prompt
             half = self._job(replace(plan, max_tokens=1, prompt=theirs), f"p{number}", params("prefill", decode))
+            half.partner = (decode, job)
             self._send(prefill, half, plan, plan.abort_s if "p" in ends else -1.0, plan.prefill_delay_s, now_s)
         if ends == "p-alone":
             return
-        job = self._job(plan, f"d{number}", params("decode", prefill))
         self._send(decode, job, plan, plan.abort_s if "d" in ends else -1.0, plan.decode_delay_s, now_s)
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
@@ -167,6 +168,9 @@ class Driver:
         def ended(job: Job) -> None:
             self.unended -= 1
             self._events[f"ended:{job.ended}"] += 1
+            if job.ended == "died" and job.partner is not None and not job.partner[1].ended:
+                job.partner[1].is_given_up = True  # the router tries the whole request elsewhere
+                job.partner[0].abort(job.partner[1].request_id)
             if job.ended == "length":
                 self._judge(engine, job)
                 if plan.turns and not job.request_id.startswith("p"):

@@ -48,6 +48,9 @@ class Job:
     answer: list[int] = field(default_factory=list)
     version: int = 0
     """Of the weights that compute it."""
+    partner: tuple[SimEngine, Job] | None = None
+    """Of a prefill half: the engine and the job that wait for it."""
+    is_given_up: bool = False
     ended: str = ""
     on_end: Callable[[Job], None] = lambda job: None
 
@@ -118,7 +121,7 @@ class SimEngine:
     # --- what comes from outside ---
 
     def add(self, job: Job) -> None:
-        if self.is_dead:
+        if self.is_dead or job.is_given_up:
             self._bury(job)
             return
         self._arrivals.append(job)

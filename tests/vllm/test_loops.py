@@ -6,6 +6,7 @@ import ctypes
 import socket
 from collections.abc import Iterator
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -13,11 +14,13 @@ import pytest
 import torch
 
 from lmkv import wire
-from lmkv.ids import Epoch, Rank, TransferId
+from lmkv.ids import Epoch, Rank, RequestId, TransferId
 from lmkv.transfer.events import Peer
 from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
 from lmkv.transport import OpId, PeerId
 from lmkv.vllm.checking import ALL_PPM, is_checked
+from lmkv.vllm.commands import Expected
+from lmkv.vllm.specs import BlockRange, ExpectSpec
 
 from .loop_bed import PROMPT, Pair, until
 
@@ -215,6 +218,45 @@ def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
         assert pair.report(again).outcome == "loaded"
     finally:
         pair.close()
+
+
+def wait_for_slots(pair: Pair) -> None:
+    """Prefill has a grant that names no blocks, and gets no slot for it."""
+    card = pair.decode.card
+    worker = msgspec.structs.replace(card.workers[0], slot_bytes=1 << 20)
+    pair.decode.card = msgspec.structs.replace(card, workers=(worker,))
+    pair.introduce(number=1)
+    pair.grant(T, INTO, landing=True, pair=1)
+    pair.offer(T)
+    pair.compute(T, FROM)
+    sources = pair.prefill.loop._sending._sources
+    until(lambda: T in sources and sources[T].grants and sources[T].fan.done)
+
+
+def test_what_waits_for_slots_of_an_old_pair_ends_with_it(pair: Pair) -> None:
+    """A decode rank with a new data plane lends no slot for what it granted before, and does not cancel it either; its
+    beats go on. Prefill's blocks would be held for good."""
+    wait_for_slots(pair)
+    pair.introduce(number=2)
+    assert pair.ledger(T)["outcome"] == "failed"
+
+
+def test_who_was_granted_slots_hears_that_none_will_come(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair was lost between the grant and the step that tells a decode rank of it; the writer is another rank."""
+    receiving, sent = pair.decode.loop._receiving, []
+    monkeypatch.setattr(receiving, "_rank", Rank(1))
+    monkeypatch.setattr(receiving, "_outbox", SimpleNamespace(send=lambda address, _: sent.append(address)))
+    pair.outbox.send(pair.decode.loop.address, wire.Dismiss(pair.prefill.incarnation, dead=False))
+    until(lambda: pair.decode.loop._peers.met(pair.prefill.incarnation) is None)
+    blocks, tokens = (BlockRange(0, 0, INTO),), (0, PROMPT.tokens)
+    spec = ExpectSpec(T, RequestId("d"), Epoch(1), pair.prefill.incarnation, blocks, tokens, ((0, len(INTO)),))
+    pair.decode.submit(Expected((spec,)))
+    report = pair.report(T)
+    assert (report.outcome, report.drained, report.slots) == ("failed", True, 0)
+    assert set(sent) == {pair.prefill.loop.address}
+    answer = wire.Cancelled(pair.prefill.incarnation, Rank(0), T, Epoch(1))
+    pair.outbox.send(pair.decode.loop.address, answer)
+    until(lambda: receiving._machine.active == 0)
 
 
 def test_a_quarantine_that_lasts_too_long_is_ended_by_a_new_data_plane(
