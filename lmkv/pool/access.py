@@ -291,6 +291,7 @@ class NodeAccess:
     def replaced(self) -> None:
         """Our data plane is another one, with no connections; `peer_lost` was told of those it had."""
         self._left.clear()
+        self._warming = dict.fromkeys(self._warming, PeerId(""))  # of the old one: no reason to wait
         self.fetching.replaced()
 
     def _become(self, reach: Reach) -> None:

@@ -15,7 +15,6 @@ import msgspec
 import zmq
 
 from lmkv import poolwire as pw
-from lmkv.addresses import split_address
 from lmkv.control.etcd import EtcdMembership
 from lmkv.control.guard import Guard
 from lmkv.control.host import Connection, Offer
@@ -96,7 +95,7 @@ class PoolNode:
         counters = self._index.counters
         self._context = self._runtime.context()
         self._ending.callback(self._context.destroy, linger=200)
-        self._router, host = bind(self._context, settings.listen)
+        self._router, host, port = bind(self._context, settings.listen)
         self._publisher = Publisher(self._context, host, settings.advertise, self._index)
         self._publisher.beat_to(settings.controller)
         self._sharers: dict[Connection, Writer] = {}
@@ -127,11 +126,9 @@ class PoolNode:
         self._pushing = Pushing(self._index, self._memory, self._transport, counters)
         self._replicas = Replicas(self._context, settings.replicas, self._runtime)
         self._ending.callback(self._replicas.close)
-        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)
-        identity = self._runtime.host.identity()
-        events = self._publisher.address
+        identity, events = self._runtime.host.identity(), self._publisher.address
         self.card = card_of(
-            settings, self._incarnation, (host, port), events, self._transport, self._memory, share, identity
+            settings, self._incarnation, host, port, events, self._transport, self._memory, share, identity
         )
         self._desk = Desk(
             self.card,
@@ -367,6 +364,7 @@ class PoolNode:
         self._replacing.tick(now_s)
         if self._transport.name != name:
             self._index.counters["data_plane:replaced"] += 1
+            self._copying.replaced()
             self.card = self._desk.card = msgspec.structs.replace(self.card, export=self._transport.export())
 
     def _joined(self, connection: Connection, told: bytes) -> None:

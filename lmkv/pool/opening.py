@@ -19,8 +19,8 @@ from .settings import NodeSettings
 MOST_MESSAGE_BYTES = 16 << 20
 
 
-def bind(context: zmq.Context[zmq.Socket[bytes]], listen: str) -> tuple[zmq.Socket[bytes], str]:
-    """The ROUTER and its host. Raises ConfigError."""
+def bind(context: zmq.Context[zmq.Socket[bytes]], listen: str) -> tuple[zmq.Socket[bytes], str, int]:
+    """The ROUTER, its host and port. Raises ConfigError."""
     host, port = split_address(listen, listen=True)
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 200)
@@ -35,32 +35,33 @@ def bind(context: zmq.Context[zmq.Socket[bytes]], listen: str) -> tuple[zmq.Sock
         raise ConfigError(
             f"cannot listen on {listen}: {error}", hint="stop what uses it, or choose another --listen"
         ) from error
-    return router, host
+    _, port = split_address(router.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)
+    return router, host, port
 
 
 def card_of(
     settings: NodeSettings,
     incarnation: Incarnation,
-    address: tuple[str, int],
+    host: str,
+    port: int,
     events: str,
     transport: Transport | None,
     memory: ArenaMemory,
     share: str,
-    host: str,
+    identity: str,
 ) -> pw.NodeCard:
-    """`address`: host and port of the ROUTER; `host` tells hosts apart."""
-    name, port = address
+    """`host` and `port` are the ROUTER's; `identity` tells hosts apart."""
     return pw.NodeCard(
         settings.name or f"pool-{socket.gethostname()}-{port}",
         incarnation,
-        join_address(settings.advertise or name, port),
+        join_address(settings.advertise or host, port),
         events,
         settings.transport.split(":")[0] if transport else "",
         transport.export() if transport else b"",
         memory.address,
         memory.capacity_bytes,
         share,
-        host,
+        identity,
         prefault=settings.prefault,
         process=own_process(),
     )
