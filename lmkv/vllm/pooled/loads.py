@@ -132,7 +132,7 @@ class Loads:
                 for op in [op for op, read in self._reads.items() if read.load is load]:
                     self._hold(op)
             elif load.next < load.stop and self._starves(load):
-                self._cut(load, load.next, "staging_held")
+                self._cut(load, load.next, "no_staging")
             elif self._workable(load):
                 first = load.next
                 self._guard.attempt(
