@@ -27,13 +27,14 @@ OTHER_VARIABLES = frozenset(
         *SCRIPT_VARIABLES,
         *("LMKV_CUDA", "LMKV_DEVICE_COMPILER", "LMKV_TORCH_DIR", "LMKV_SHIM"),
         *("LMKV_UCX_PYTHON", "LMKV_UCX_VENV"),
+        "LMKV_HEALTH",
         *("LMKV_MODEL", "LMKV_MODELS_DIR", "LMKV_ENGINE_ARGS", "LMKV_PUBLISH", "LMKV_SHM", "LMKV_DISK_CAPACITY"),
         *("LMKV_PREFILL_CORES", "LMKV_PREFILL_GPU", "LMKV_DECODE_CORES", "LMKV_DECODE_GPU"),
         *("LMKV_CHAOS_ROUNDS", "LMKV_CHAOS_SEED", "LMKV_STORMS"),
     )
 )
-"""Variables of the scripts, the build, the compose file and the tests. An engine that finds them in its environment
-leaves them alone."""
+"""Variables of the scripts, the API server (`lmkv.vllm.health`), the build, the compose file and the tests. An engine
+that finds them in its environment leaves them alone."""
 OTHER_PREFIXES = ("LMKV_ROUTER_", "LMKV_POOL_", "LMKV_UP_")
 """Settings of other processes begin so. Where such a name is also one of the engine's (LMKV_POOL_LOAD), the engine
 reads it."""

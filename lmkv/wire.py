@@ -62,10 +62,12 @@ class Hello(Message, frozen=True, tag=True):
 
 
 class Welcome(Message, frozen=True, tag=True):
-    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello."""
+    """The sender has connected and warmed all its workers to the Hello's engine. `pair` as in Hello; `yours` is the
+    receiver's number as the sender knows it."""
 
     card: EngineCard
     pair: int = 0
+    yours: int = 0
 
 
 class Refuse(Message, frozen=True, tag=True):
@@ -101,6 +103,13 @@ class Replaced(Message, frozen=True, tag=True):
 
     rank: Rank
     export: bytes
+
+
+class Broken(Message, frozen=True, tag=True):
+    """Worker to its own engine, its last word: its loop has failed, and moves no KV any more."""
+
+    rank: Rank
+    reason: str
 
 
 class Dismiss(Message, frozen=True, tag=True):
@@ -244,7 +253,8 @@ class Description(Message, frozen=True, tag=True):
     private: str = ""
     """Why this engine's KV is its own alone (its weights cannot be identified), or ""."""
     trouble: str = ""
-    """Why this engine exchanges no KV (any more), and computes every prompt itself."""
+    """What of lmkv has died in this engine: why it exchanges no KV any more and computes every prompt itself, or why it
+    does not use the pool."""
 
 
 class Explain(Message, frozen=True, tag=True):
@@ -261,8 +271,9 @@ class Explained(Message, frozen=True, tag=True):
 
 
 Control = (
-    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Dismiss | PoolName | PoolNodes | Beat
-    | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain | Explained
+    Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Broken | Dismiss | PoolName | PoolNodes
+    | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain
+    | Explained
 )  # fmt: skip
 
 

@@ -13,7 +13,8 @@
 #   LMKV_START_TIMEOUT_S  the engine has to be ready after this               default: 1800
 #   LMKV_STOP_TIMEOUT_S   an engine that has not ended by then is killed      default: 20
 # LMKV_LISTEN, LMKV_NAME and LMKV_TRANSPORT are folded into the connector's settings (an option wins over a variable);
-# every other LMKV_* variable goes to the connector as it is.
+# every other LMKV_* variable goes to the connector as it is. The engine's API server gets LMKV_HEALTH: whom it asks
+# whether lmkv lives (lmkv/vllm/health.py).
 
 LMKV_SCRIPT_VARIABLES=(LMKV_VENV LMKV_PYTHON LMKV_MODELS LMKV_CORES LMKV_READY_FILE LMKV_START_TIMEOUT_S
   LMKV_STOP_TIMEOUT_S LMKV_SETUP LMKV_LISTEN LMKV_NAME LMKV_TRANSPORT)
@@ -156,8 +157,38 @@ lmkv_engine_command() {
     engine+=(--served-model-name "$(basename -- "$(cd -- "$model" && pwd)")")
   fi
   [[ $device != cpu ]] || lmkv_cpu
-  [[ $role == plain ]] || engine+=(--kv-transfer-config "$(lmkv_connector)")
+  [[ $role == plain ]] || engine+=(--kv-transfer-config "$(lmkv_connector)" --middleware lmkv.vllm.health.Health)
   engine+=("${passed[@]}")
+}
+
+# Prints where the engine answers, for LMKV_HEALTH: with data parallelism, rank r of this host does on the port plus r.
+# Nothing, if that is not known: port 0, another --kv-transfer-config, or an API server for each rank (vLLM's supervisor
+# of those ends them all when /health of one fails).
+lmkv_health() {
+  local base=${listen##*:} first=0 size=1 here="" i word value rank found=()
+  ((base > 0)) || return 0
+  for ((i = 0; i < ${#passed[@]}; i++)); do
+    word=${passed[i]%%=*}
+    [[ ${passed[i]} == *=* ]] && value=${passed[i]#*=} || value=${passed[i + 1]:-}
+    [[ $word != --* ]] || word=${word//_/-}
+    case $word in
+      --kv-transfer-config | --data-parallel-multi-port-external-lb) return 0 ;;
+      --data-parallel-size | -dp | --data-parallel-size-local | -dpl) ;;
+      --data-parallel-start-rank | -dpr | --data-parallel-rank | -dpn) ;;
+      *) continue ;;
+    esac
+    [[ $value =~ ^(0|[1-9][0-9]{0,4})$ ]] || continue # vLLM will say what is wrong with it
+    case $word in
+      --data-parallel-size | -dp) size=$value ;;
+      --data-parallel-size-local | -dpl) here=$value ;;
+      --data-parallel-rank | -dpn) first=$value here=1 ;;
+      *) first=$value ;;
+    esac
+  done
+  for ((rank = first; rank < first + ${here:-$((size - first))}; rank++)); do
+    found+=("${listen%:*}:$((base + rank))")
+  done
+  lmkv_join "${found[@]}"
 }
 
 lmkv_join() {
@@ -214,7 +245,7 @@ lmkv_launch() {
   local transport=${LMKV_TRANSPORT:-nixl://} engine_pid="" warm_pid="" passed=() engine=() last
   local default_model=${LMKV_MODELS:-$lmkv_root/models}/SmolLM2-135M-Instruct
   local python=${LMKV_PYTHON:-${LMKV_VENV:-$lmkv_root/.venv}/bin/python}
-  local ready_file=${LMKV_READY_FILE:-} pools=() controllers=() kv_verify=""
+  local ready_file=${LMKV_READY_FILE:-} pools=() controllers=() kv_verify="" health=""
   local stop_timeout_s=${LMKV_STOP_TIMEOUT_S:-20} start_timeout_s=${LMKV_START_TIMEOUT_S:-1800}
   [[ $role != decode ]] || port=8200
   [[ $role != engine ]] || port=8000
@@ -227,7 +258,9 @@ lmkv_launch() {
   [[ -z $ready_file ]] || rm -f -- "$ready_file"
   last="READY $role http://$host:$port"
   [[ $role == plain ]] || last+=" control $listen"
-  unset "${LMKV_SCRIPT_VARIABLES[@]}"
+  unset "${LMKV_SCRIPT_VARIABLES[@]}" LMKV_HEALTH
+  [[ $role == plain ]] || health=$(lmkv_health)
+  [[ -z $health ]] || export LMKV_HEALTH=$health
   ((${#pools[@]} == 0)) || unset LMKV_POOL
   ((${#controllers[@]} == 0)) || unset LMKV_CONTROLLER
   [[ -z $kv_verify ]] || unset LMKV_KV_VERIFY

@@ -39,7 +39,7 @@ def parse(arguments: list[str] | None) -> Options:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="bench_pool.py"
     )
     add = parser.add_argument
-    add("--quick", action="store_true", help="2 rounds of plain, local and remote, for a first look")
+    add("--quick", action="store_true", help="2 rounds of plain, local, remote and lmcache, for a first look")
     add("--out", type=Path, metavar="FILE", help="write the result as JSON")
     add("--methods", default=",".join(METHODS), metavar="LIST", help="what to measure (default: %(default)s)")
     add("--lengths", metavar="LIST", help=f"prompt lengths (default: {','.join(map(str, LENGTHS))})")
@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None) -> Options:
     given = parser.parse_args(arguments)
     methods = tuple(dict.fromkeys(["plain", *given.methods.split(",")]))
     if given.quick:
-        methods = tuple(m for m in methods if m in ("plain", "local", "remote"))
+        methods = tuple(m for m in methods if m in ("plain", "local", "remote", "lmcache"))
     if unknown := set(methods) - set(METHODS):
         parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; known are {', '.join(METHODS)}")
     lengths = tuple(int(n) for n in given.lengths.split(",")) if given.lengths else LENGTHS

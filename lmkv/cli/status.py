@@ -90,7 +90,8 @@ def _engines(asked: list[str]) -> list[dict[str, Any]]:
             return {"address": address, "error": str(error)}
         peers = [{"name": name, "incarnation": incarnation} for name, incarnation in said.peers]
         known = {"name": said.name, "incarnation": said.incarnation, "role": said.role}
-        return {"address": address, **known, "private": said.private, "peers": peers, "counters": said.counters}
+        why = {"private": said.private, "trouble": said.trouble}
+        return {"address": address, **known, **why, "peers": peers, "counters": said.counters}
 
     return asyncio.run(ask()) if asked else []
 
@@ -103,6 +104,8 @@ def _print(found: dict[str, list[dict[str, Any]]]) -> None:
             typer.echo(f"engine {answer['name']} ({answer['incarnation']}) at {answer['address']}: {answer['role']}")
             if answer["private"]:
                 typer.echo(f"  private, exchanges KV with no other engine: {answer['private']}")
+            if answer["trouble"]:
+                typer.echo(f"  in trouble, restart it when it suits you: {answer['trouble']}")
             paired = ", ".join(peer["name"] for peer in answer["peers"]) or "none"
             typer.echo(table([("  peers", paired), *(("  " + k, str(v)) for k, v in answer["counters"].items())]))
         elif "nodes" in answer:

@@ -192,9 +192,10 @@ class Outbox:
         """Close the connection to an address, if there is one, with what is queued."""
         self._shut(address, 0)
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 0) -> None:
+        """What is queued has so long to leave, while the context is terminated."""
         for address in list(self._connections):
-            self._shut(address, 0)
+            self._shut(address, linger_ms)
 
     # --- connections ---
 

@@ -156,12 +156,16 @@ class Pairing:
         self._peers[card.incarnation].owes_welcome = True
         return actions
 
-    def welcome(self, card: wire.EngineCard, pair: int = 0) -> list[Action]:
+    def welcome(self, card: wire.EngineCard, pair: int = 0, ours: int = 0) -> list[Action]:
+        """`ours`: our number of the pair as the other side knows it. We may have lost the pair since it asked: then it
+        has to hear the new one, or it would serve no grant of ours."""
         refusal = self._refusal(card)
         if refusal is not None:
             self._judged(card, refusal)
             return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
         known = self._judged(card, None)
+        if ours != (number := self.number(card.address)):
+            return [ToEngine(card.address, wire.Hello(self.card, number))]
         if known is not None and known.pair == pair:
             return self._tell_waiters(card.address, "") if known.ready else []
         return self._admit(card, pair)
@@ -231,7 +235,9 @@ class Pairing:
         return peer
 
     def _welcome(self, address: str) -> Action:
-        return ToEngine(address, wire.Welcome(self.card, self.number(address)))
+        entry = self._addresses[address]
+        peer = self._peers.get(entry.incarnation) if entry.incarnation else None
+        return ToEngine(address, wire.Welcome(self.card, entry.pair, peer.pair if peer is not None else 0))
 
     def _admit(self, card: wire.EngineCard, pair: int) -> list[Action]:
         """A new peer, or one that has lost us: what was granted in the old pair is void, the workers part first."""

@@ -81,14 +81,14 @@ def _request_id(request: web.Request) -> str:
 
 
 async def _models(request: web.Request) -> web.StreamResponse:
-    """As the first healthy decode engine answers it."""
+    """As the first decode engine that serves answers it."""
     router = request.app[ROUTER]
     settings = router.settings
     check_key(request.headers, settings.api_key)
     headers = upstream_headers(request.headers, _request_id(request), settings.api_key, settings.engine_api_key)
     timeout = aiohttp.ClientTimeout(total=settings.connect_timeout_s)
     trouble = ""
-    for engine in [engine for engine in router.engines.decode if engine.healthy]:
+    for engine in router.engines.serving():
         try:
             async with router.session.get(engine.spec.url + "/v1/models", headers=headers, timeout=timeout) as answer:
                 body = await answer.read()
@@ -112,7 +112,8 @@ async def _readyz(request: web.Request) -> web.Response:
     reasons = []
     if router.draining:
         reasons.append("the router is stopping")
-    if all(not engine.healthy for engine in router.engines.decode):
+    serving = router.engines.serving()
+    if not serving:
         reasons.append("no decode engine is healthy")
     warnings = [f"{e.spec.side} engine {e.name} is down: {e.trouble}" for e in router.down(router.engines.all)]
     warnings += [
@@ -120,7 +121,9 @@ async def _readyz(request: web.Request) -> web.Response:
         for pair in router.pairs.pairs
         if pair.state is PairState.REFUSED
     ]
-    if not any(engine.healthy for engine in router.engines.prefill):
+    if serving and serving[0].is_plain:
+        warnings.append("no decode engine is healthy: those in which only lmkv is dead compute prompts themselves")
+    elif not any(engine.healthy for engine in router.engines.prefill):
         warnings.append("no prefill engine is healthy: decode engines compute prompts themselves")
     body = {
         "ready": not reasons,

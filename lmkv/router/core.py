@@ -78,9 +78,12 @@ class Router:
 
     def choose(self, aggregated: str, avoid: frozenset[str]) -> Choice:
         engines, pairs = self.engines, self.pairs
+        decode = engines.serving()
+        if decode and decode[0].is_plain:
+            aggregated = aggregated or "decode_plain"
         snapshot = Snapshot(
             prefill=tuple(engine.candidate() for engine in engines.prefill if engine.healthy),
-            decode=tuple(engine.candidate() for engine in engines.decode if engine.healthy),
+            decode=tuple(engine.candidate() for engine in decode),
             turn=self._turn,
             ready=pairs.ready,
             refused=pairs.refused,

@@ -40,6 +40,8 @@ class Engine:
     healthy: bool = False
     trouble: str = "not polled yet"
     """Why it is not healthy; empty while it is."""
+    is_plain: bool = False
+    """Not healthy, but only because lmkv is dead in it: requests are served, without KV from elsewhere."""
     incarnation: Incarnation | None = None
     """As last told over the control plane."""
     paired_with: frozenset[str] = frozenset()
@@ -58,7 +60,7 @@ class Engine:
         """A connection failed: nothing is sent here until a poll says otherwise, and that poll is due now."""
         if self.healthy:
             logger.warning("%s engine %s is marked down: %s", self.spec.side, self.name, trouble)
-        self.healthy = False
+        self.healthy = self.is_plain = False
         self.trouble = trouble
         self.look.set()
 
@@ -72,6 +74,7 @@ class Engine:
             "url": self.spec.url,
             "control": self.spec.control,
             "healthy": self.healthy,
+            "plain": self.is_plain,
             "trouble": self.trouble,
             "incarnation": self.incarnation,
             "control_trouble": self.control_trouble,
@@ -128,6 +131,10 @@ class Engines:
                         code="LMKV-C105",
                     )
                 seen[address] = f"{engine.spec.side} engine"
+
+    def serving(self) -> list[Engine]:
+        """Decode engines that requests may go to: the healthy ones or, if there is none, those that are plain."""
+        return [e for e in self.decode if e.healthy] or [e for e in self.decode if e.is_plain]
 
     def __getitem__(self, name: str) -> Engine:
         try:

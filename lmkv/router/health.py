@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ logger = logging.getLogger(__name__)
 
 SLOW_POLLS = 3
 """A busy API server may be late once or twice; a refused connection counts at once."""
+MOST_SAID = 500
 
 
 class HealthMonitor:
@@ -30,10 +32,10 @@ class HealthMonitor:
         pause_s = self._settings.health_interval_s
         slow = 0
         while True:
-            trouble, timed_out = await self._poll(engine)
+            trouble, timed_out, is_plain = await self._poll(engine)
             slow = slow + 1 if timed_out else 0
-            if not (timed_out and engine.healthy and slow < SLOW_POLLS):
-                self._apply(engine, trouble)
+            if not (timed_out and (engine.healthy or engine.is_plain) and slow < SLOW_POLLS):
+                self._apply(engine, trouble, is_plain)
             pause_s = (
                 self._settings.health_interval_s
                 if engine.healthy or timed_out
@@ -48,24 +50,37 @@ class HealthMonitor:
     async def revive(self, engines: Iterable[Engine]) -> None:
         """Poll these now, all at once, and return with their health known: a retry has nobody else to go to."""
         engines = list(engines)
-        for engine, (trouble, _) in zip(engines, await asyncio.gather(*map(self._poll, engines)), strict=True):
-            self._apply(engine, trouble)
+        for engine, told in zip(engines, await asyncio.gather(*map(self._poll, engines)), strict=True):
+            trouble, _, is_plain = told
+            self._apply(engine, trouble, is_plain)
 
-    async def _poll(self, engine: Engine) -> tuple[str, bool]:
-        """(what is wrong or "", whether it is only slow)."""
+    async def _poll(self, engine: Engine) -> tuple[str, bool, bool]:
+        """(what is wrong or "", whether it is only slow, whether it serves as a plain engine all the same)."""
         try:
             async with self._session.get(engine.spec.url + "/health", timeout=self._timeout) as response:
-                await response.read()
-                return ("" if response.status == 200 else f"/health answers {response.status}"), False
+                said = lmkv_trouble(await response.read()) if response.status == 503 else ""
+                trouble = "" if response.status == 200 else f"/health answers {response.status}"
+                return (f"{trouble}: {said}", False, True) if said else (trouble, False, False)
         except TimeoutError:
-            return f"/health does not answer within {self._settings.health_timeout_s:g} s", True
+            return f"/health does not answer within {self._settings.health_timeout_s:g} s", True, False
         except (aiohttp.ClientError, OSError) as error:
-            return f"/health: {error or type(error).__name__}", False
+            return f"/health: {error or type(error).__name__}", False, False
 
-    def _apply(self, engine: Engine, trouble: str) -> None:
+    def _apply(self, engine: Engine, trouble: str, is_plain: bool) -> None:
         if trouble and (engine.healthy or engine.trouble != trouble):
             logger.warning("%s engine %s is down: %s", engine.spec.side, engine.name, trouble)
         elif not trouble and not engine.healthy:
             logger.info("%s engine %s is up", engine.spec.side, engine.name)
         engine.healthy = not trouble
+        engine.is_plain = is_plain
         engine.trouble = trouble
+
+
+def lmkv_trouble(body: bytes) -> str:
+    """What the middleware of an engine (lmkv.vllm.health) says, or "" if it was not the one that spoke."""
+    try:
+        told = json.loads(body)
+    except ValueError:
+        return ""
+    said = told.get("trouble") if isinstance(told, dict) else None
+    return said[:MOST_SAID] if isinstance(said, str) else ""

@@ -21,6 +21,7 @@ from .headers import REQUEST_ID, TRANSFER_ID, check_key, downstream_headers, ups
 from .ledger import AttemptEntry, RequestEntry
 from .policy import Choice
 from .replies import (
+    BodyTimeoutError,
     BodyTooLargeError,
     ClientError,
     NoEngineError,
@@ -101,10 +102,16 @@ class Exchange:
         return self._give_up(entry, failed)
 
     async def _read_body(self) -> bytes:
+        settings = self._router.settings
         try:
-            return await self._request.read()
+            async with asyncio.timeout(settings.idle_timeout_s):
+                return await self._request.read()
+        except TimeoutError as error:
+            raise BodyTimeoutError(
+                f"the body did not come within {settings.idle_timeout_s:g} s", hint="send it faster, or smaller"
+            ) from error
         except web.HTTPRequestEntityTooLarge as error:
-            limit = self._router.settings.max_body_bytes
+            limit = settings.max_body_bytes
             raise BodyTooLargeError(
                 f"the body is larger than {limit} bytes", hint="send less, or raise --max-body-bytes"
             ) from error

@@ -23,12 +23,16 @@ class ClientError(RouterError):
 
 
 class BadRequestError(ClientError):
+    """The request is not one that the router or the engines take."""
+
     code = "LMKV-R601"
     status = 400
     kind = "BadRequestError"
 
 
 class UnauthorizedError(ClientError):
+    """The API key is missing or wrong."""
+
     code = "LMKV-R602"
     status = 401
     kind = "AuthenticationError"
@@ -38,6 +42,8 @@ class UnauthorizedError(ClientError):
 
 
 class NotFoundError(ClientError):
+    """Nothing is at this path, or no request has this id."""
+
     code = "LMKV-R603"
     status = 404
     kind = "NotFoundError"
@@ -63,12 +69,16 @@ class UpstreamFailedError(ClientError):
 
 
 class UpstreamTimeoutError(UpstreamFailedError):
+    """No attempt brought its first token in time."""
+
     code = "LMKV-R606"
     status = 504
     kind = "GatewayTimeoutError"
 
 
 class BodyTooLargeError(ClientError):
+    """The body of the request is larger than `max_body_bytes`."""
+
     code = "LMKV-R607"
     status = 413
     kind = "BadRequestError"
@@ -80,6 +90,14 @@ class StreamBrokenError(ClientError):
     code = "LMKV-R608"
     status = 502
     kind = "BadGatewayError"
+
+
+class BodyTimeoutError(ClientError):
+    """The client did not send the body of its request in time."""
+
+    code = "LMKV-R609"
+    status = 408
+    kind = "BadRequestError"
 
 
 def error_json(error: ClientError) -> bytes:

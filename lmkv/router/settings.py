@@ -36,7 +36,9 @@ class RouterSettings(CommandSettings):
 
     retries: int = Field(2, ge=0, le=10, description="further attempts of a request that has no token yet")
     first_token_timeout_s: float = Field(120.0, gt=0, description="deadline of a stream's first token, an attempt")
-    idle_timeout_s: float = Field(120.0, gt=0, description="longest pause of a stream after its first token")
+    idle_timeout_s: float = Field(
+        120.0, gt=0, description="longest pause of a stream after its first token, and time for a request's body"
+    )
     response_timeout_s: float = Field(1800.0, gt=0, description="deadline of an answer that is not streamed")
     connect_timeout_s: float = Field(5.0, gt=0, description="deadline of a connection to an engine")
     drain_s: float = Field(30.0, ge=0, description="requests in flight get this long when the router is told to stop")

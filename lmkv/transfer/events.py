@@ -55,6 +55,10 @@ class PeerGone:
     fenced: bool = False
 
 
+MOST_DEAD = 4096
+"""A machine remembers as many dead peers for good; the others it forgets as it forgets the silent."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed; deadlines are examined."""

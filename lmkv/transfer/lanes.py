@@ -8,7 +8,7 @@ from math import inf
 
 from lmkv.ids import TransferId
 
-from .events import Granted, Peer, Rect
+from .events import MOST_DEAD, Granted, Peer, Rect
 from .outgoing import Outgoing, SenderLimits
 from .rects import clip
 from .timers import Timers
@@ -130,7 +130,7 @@ class Lanes:
             self._timers.arm(peer, self._idle_s(lane))
         elif lane.inflight_bytes or lane.queue:
             self._timers.arm(peer, now_s + self._limits.hold_s)
-        elif not lane.dead:
+        elif not lane.dead or sum(other.dead for other in self._lanes.values()) > MOST_DEAD:
             del self._lanes[peer]
 
     def _idle_s(self, lane: Lane) -> float:

@@ -22,10 +22,11 @@ class Prompt:
             return f"{PROMPT_DIFFERS}: {self.tokens} tokens at prefill, {other.tokens} at decode"
         if not self.digest or not other.digest:
             side = "prefill" if not self.digest else "decode"
-            return f"{PROMPT_FAULT}{side} does not know all that its KV depends on (the content of a LoRA adapter)"
+            return f"{PROMPT_FAULT}{side} does not know all that its KV depends on ({UNKNOWN})"
         return "" if self.digest == other.digest else f"{PROMPT_DIFFERS} (or its images, adapter or salt differ)"
 
 
+UNKNOWN = "the content of its LoRA adapter, or of images under ids of the client's own"
 PROMPT_FAULT = "prompt: "
 """How each reason begins that means: the two engines do not have the same prompt under this transfer id."""
 PROMPT_DIFFERS = f"{PROMPT_FAULT}the engines tokenized it differently"

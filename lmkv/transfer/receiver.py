@@ -16,6 +16,7 @@ from math import inf
 from lmkv.ids import Epoch, TransferId
 
 from .events import (
+    MOST_DEAD,
     Abandon,
     CancelledCame,
     Drained,
@@ -382,10 +383,10 @@ class Receiver:
             self._timers.arm(key, early.expires_s)
 
     def _drop_silent(self, peer: Peer, now_s: float) -> None:
-        """Forget a peer that has been silent for long and that no open grant names; the dead are remembered."""
+        """Forget a peer that has been silent for long and that no open grant names; `MOST_DEAD` dead are remembered."""
         life = self._peers[peer]
         idle_s = life.lease_end_s + self.limits.tombstone_s
-        if life.dead:
+        if life.dead and sum(other.dead for other in self._peers.values()) <= MOST_DEAD:
             return
         if idle_s > now_s:
             self._timers.arm(peer, idle_s)

@@ -13,6 +13,7 @@ import hashlib
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
+from lmkv.errors import LmkvError
 from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transport import MemoryKind
 
@@ -59,4 +60,7 @@ class Verifier:
             return ""
         if note.checksum is None:
             return "carries no checksum, which this engine demands (kv_verify)"
-        return "" if self._checksums.of(runs) == note.checksum else "is corrupt"
+        try:
+            return "" if self._checksums.of(runs) == note.checksum else "is corrupt"
+        except LmkvError as error:
+            return f"cannot be verified: {error}"

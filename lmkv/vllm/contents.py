@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -28,6 +29,15 @@ MULTIMODAL = (
     *("mm_device_do_normalize", "mm_encoder_attn_dtype", "video_pruning_rate", "video_pruning_method"),
 )
 """vLLM's multimodal settings that change what an image becomes."""
+
+
+_CONTENT_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}|[0-9a-f]{128})", re.DOTALL)
+
+
+def is_content_hash(identifier: str) -> bool:
+    """vLLM's own identifier of an image, video or audio: a hash of its content (after an adapter's name, where the
+    encoder has adapters). Clients may give others instead, and two of them the same one for different content."""
+    return _CONTENT_HASH.fullmatch(identifier) is not None
 
 
 def digest(value: object) -> str:

@@ -19,7 +19,7 @@ from lmkv.control.pairing import PairState
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Epoch, Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
+from lmkv.transfer.prompt import PROMPT_FAULT, UNKNOWN, Prompt
 
 from .endpoint import EngineEndpoint
 from .metadata import StepMeta
@@ -149,7 +149,7 @@ class DecodeSide:
         if transfer.prompt is None:
             prompt = prompt_of(request, self._adapters)
             if not prompt.digest:
-                self._miss(transfer, "prompt", "the content of its LoRA adapter is not known (yet)")
+                self._miss(transfer, "prompt", f"{UNKNOWN} is not known (yet)")
                 return 0, False
             transfer.prompt = prompt
         return missing, True

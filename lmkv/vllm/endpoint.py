@@ -53,6 +53,7 @@ class EngineEndpoint:
         self._is_over = False
         self._is_closed = False
         self._hear_pool: Callable[[wire.PoolNodes | wire.Parked], None] = lambda message: None
+        self._find_trouble: Callable[[], str] = lambda: ""
         self._private = ""
         self._closed = "the digest of the weights is not known yet"
         """Why there is no pairing (yet, or any more)."""
@@ -82,11 +83,18 @@ class EngineEndpoint:
         """Before `start`: who hears, on the endpoint's thread, what is told of the pool."""
         self._hear_pool = hear
 
+    def on_describe(self, find_trouble: Callable[[], str]) -> None:
+        """Before `start`: what has failed beside the pairs, or ""; asked on the endpoint's thread (Describe)."""
+        self._find_trouble = find_trouble
+
     def refuse_all(self, reason: str) -> None:
         """Instead of `start`, or from then on: this engine pairs with nobody, and tells why to who asks."""
         with self._lock:
-            self._closed, self._is_refusing = reason, True
-            self._wanted.clear()
+            self._refuse_all(reason)
+
+    def _refuse_all(self, reason: str) -> None:
+        self._closed, self._is_refusing = reason, True
+        self._wanted.clear()
 
     # --- engine thread ---
 
@@ -231,7 +239,7 @@ class EngineEndpoint:
                 case wire.Hello():
                     actions = pairing.hello(message.card, message.pair)
                 case wire.Welcome():
-                    actions = pairing.welcome(message.card, message.pair)
+                    actions = pairing.welcome(message.card, message.pair, message.yours)
                 case wire.Refuse():
                     actions = pairing.refuse(message.address, message.reason)
                     logger.error("pairing refused by %s: %s", message.address, message.reason)
@@ -240,6 +248,8 @@ class EngineEndpoint:
                 case wire.Replaced():
                     actions, lost = pairing.replaced(message.rank, message.export)
                     self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)
+                case wire.Broken():
+                    self._refuse_all(message.reason)
                 case wire.Meet():
                     actions = self._meet(pairing, message, letter.identity, now_s)
                 case wire.PoolNodes() | wire.Parked():
@@ -271,7 +281,7 @@ class EngineEndpoint:
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None
         card = self._pairing.card
-        trouble = self._closed if self._is_refusing else ""
+        trouble = self._closed if self._is_refusing else self._find_trouble()
         peers = tuple((peer.name, peer.incarnation) for peer in self._pairing.ready_peers())
         return wire.Description(
             token, card.name, card.incarnation, card.role, peers, self._book.counts(), self._private, trouble

@@ -7,6 +7,7 @@ pool are for itself.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ _FROM_FILES = {
 """Load formats that read the weight files of the model's folder and nothing else."""
 _ELSEWHERE = {
     *("MoonshotKimiaForCausalLM", "FunAudioChatForConditionalGeneration"),
+    *("Cosmos3ForConditionalGeneration", "Cosmos3EdgeForConditionalGeneration"),
     "UltravoxModel",
 }
 """Architectures that load weights from subfolders or from other repositories, too."""
@@ -38,6 +40,8 @@ class WeightSource:
     revision: str | None
     download_dir: str | None
     private: str = ""
+    runs_code: bool = False
+    """Python files of the model's folder are run (trust_remote_code): they decide the numbers as its weights do."""
 
 
 def weight_sources(vllm_config: Any) -> tuple[WeightSource, ...]:
@@ -54,7 +58,15 @@ def weight_sources(vllm_config: Any) -> tuple[WeightSource, ...]:
 
 def _source(model: Any, load: Any) -> WeightSource:
     name = str(model.model)
-    return WeightSource(name, model.revision, load.download_dir, _remote(model, str(load.load_format)))
+    code = _code(model)
+    private = _remote(model, str(load.load_format)) or next((f"its code comes from {c}" for c in code if "--" in c), "")
+    return WeightSource(name, model.revision, load.download_dir, private, bool(code))
+
+
+def _code(model: Any) -> list[str]:
+    """What of a model's folder is run: `file.Class`, or `ORG/NAME--file.Class` of another repository."""
+    names = (getattr(model.hf_config, "auto_map", None) or {}) if model.trust_remote_code else {}
+    return [str(one) for found in names.values() for one in (found if isinstance(found, list | tuple) else [found])]
 
 
 def _remote(model: Any, load_format: str) -> str:
@@ -114,11 +126,23 @@ def _read(source: WeightSource, environ: Mapping[str, str], loaded_s: float, cac
     # What is newer than the process may not be what it has loaded. A snapshot's blobs never change under their name,
     # so those may have been downloaded by this very start.
     limit_s = loaded_s if located.hub else process_start_s()
-    if newest_s(weight_files(located.path)) >= limit_s:
+    files = weight_files(located.path)
+    if source.runs_code and located.path.is_dir():
+        files += sorted(located.path.glob("*.py"))
+    if newest_s(files) >= limit_s:
         return Weights("", f"the weight files in {located.path} are newer than what this engine has loaded")
     if located.pointer is not None and newest_s([located.pointer]) >= process_start_s():
         return Weights("", f"{located.pointer} has changed since this engine started")
-    return Weights(digest)
+    return Weights(f"{digest}+{_code_digest(files)}" if source.runs_code else digest)
+
+
+def _code_digest(files: list[Path]) -> str:
+    """16 hex digits over names and contents of the Python files among these."""
+    state = hashlib.blake2b(digest_size=8)
+    for file in files:
+        if file.suffix == ".py":
+            state.update(f"{file.name}:{hashlib.blake2b(file.read_bytes()).hexdigest()};".encode())
+    return state.hexdigest()
 
 
 class WeightsName:

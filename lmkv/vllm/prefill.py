@@ -5,6 +5,7 @@ Runs on the engine thread. vLLM asks it every step; it keeps one small record a 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from lmkv import wire
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.ids import Incarnation, RequestId, TransferId
 from lmkv.obs.ledger import LedgerBook
-from lmkv.transfer.prompt import Prompt
 
 from .metadata import StepMeta
 from .params import RequestParams
@@ -23,6 +23,8 @@ from .prompt import prompt_of
 from .specs import BlockRange, OfferSpec, Push
 from .steps import StepWrites, scheduled
 from .yielding import Yielding
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED = 4096
 
@@ -56,12 +58,20 @@ class PrefillSide:
         self._book = book
         self._adapters = adapters
         self._requests: dict[RequestId, _Prefill] = {}
+        self._owners: dict[TransferId, RequestId] = {}
+        """Whose blocks a transfer sends, until they are freed."""
         self._orphans: list[_Prefill] = []
         self._peers: OrderedDict[TransferId, str] = OrderedDict()
         """The decode engines' addresses."""
         self.yielding = Yielding()
 
-    def new_request(self, request: Any, params: RequestParams) -> None:
+    def new_request(self, request: Any, params: RequestParams) -> bool:
+        """False: another request has this transfer, and its blocks are not given up yet. This one is not sent."""
+        owner = self._owners.setdefault(params.transfer_id, request.request_id)
+        if owner != request.request_id:
+            logger.warning("request %s is not sent: its transfer id is that of %s", request.request_id, owner)
+            self._book.count("transfer:in_use")
+            return False
         self._requests[request.request_id] = _Prefill(
             params.transfer_id,
             request.request_id,
@@ -75,6 +85,7 @@ class PrefillSide:
         self._book.update(
             params.transfer_id, role="prefill", prompt_tokens=request.num_prompt_tokens, arrived_s=self._runtime.clock()
         )
+        return True
 
     @property
     def has_news(self) -> bool:
@@ -84,7 +95,7 @@ class PrefillSide:
     def fill(self, meta: StepMeta, output: Any) -> None:
         """Add this step's offers, pushes, preemptions and withdrawals to `meta`."""
         for prefill in self._orphans:
-            prompt = Prompt(b"", prefill.prompt_tokens)  # nothing of it is sent
+            prompt = prompt_of(prefill.request, self._adapters)
             meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, prompt, report=False))
             meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
         self._orphans.clear()
@@ -145,11 +156,17 @@ class PrefillSide:
                 meta.withdrawals.append((prefill.transfer_id, reason))
             prefill.done = True
 
+    def freed(self, request_ids: set[str]) -> None:
+        """The workers read the blocks of these ended requests no more."""
+        for tid in self.yielding.freed(request_ids):
+            self._owners.pop(tid)
+
     def finished(self, request: Any, meta: StepMeta) -> bool:
         """The request has ended; True: keep its blocks until the workers report finished_sending."""
         prefill = self._requests.pop(request.request_id)
         self._book.update(prefill.transfer_id, finished_s=self._runtime.clock())
         if not prefill.announced:
+            self._owners.pop(prefill.transfer_id)
             self._orphans.append(prefill)
             return False
         if not prefill.done:

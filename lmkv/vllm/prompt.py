@@ -16,23 +16,27 @@ import torch
 
 from lmkv.transfer.prompt import Prompt
 
+from .contents import is_content_hash
 from .pooled.adapters import Adapters
 
 DIGEST_BYTES = 16
 
 
 def prompt_of(request: Any, adapters: Adapters) -> Prompt:
-    """What the machines compare. Its digest is b"" as long as the content of the request's adapter is not known."""
+    """What the machines compare. Its digest is b"" while something that the KV depends on is not known."""
     return Prompt(prompt_digest(request, adapters) or b"", request.num_prompt_tokens)
 
 
 def prompt_digest(request: Any, adapters: Adapters) -> bytes | None:
-    """16 bytes (blake2b) over a vLLM request's prompt; None while the content of its LoRA adapter is not known.
+    """16 bytes (blake2b) over a vLLM request's prompt. None while the content of its LoRA adapter is not known, and for
+    multimodal items under ids of the client's own, which say nothing of what each engine has fetched.
 
     In it: the token ids; the adapter's content; identifier, modality, offset and length of each multimodal item; the
-    cache salt; the prompt embeddings with dtype and shape, and which positions they fill. Each part is preceded by its
-    name and length, so that no two requests give the same bytes.
+    cache salt; the prompt embeddings with dtype and shape, and which positions they fill; which reset of the engine's
+    prefix cache it follows. Each part is preceded by its name and length, so that no two requests give the same bytes.
     """
+    if not all(is_content_hash(feature.identifier) for feature in request.mm_features or ()):
+        return None
     adapter = b""
     if request.lora_request is not None:
         content = adapters.content(request.lora_request)
@@ -42,6 +46,7 @@ def prompt_digest(request: Any, adapters: Adapters) -> bytes | None:
     state = hashlib.blake2b(digest_size=DIGEST_BYTES, person=b"lmkv prompt 1")
     ids = request.prompt_token_ids
     _add(state, "tokens", b"" if ids is None else np.asarray(ids, dtype="<i8").tobytes())
+    _add(state, "reset", adapters.since_reset)  # a peer may not have heard of it yet
     _add(state, "adapter", adapter)
     for feature in request.mm_features or ():
         place = feature.mm_position

@@ -176,10 +176,11 @@ class Receiving:
         ids = blocks.ids[rect.block_lo - blocks.lo : rect.block_hi - blocks.lo]
         start_s = self._clock()
         try:
-            fault = self._verifier.fault(note, runs_for(self._map, rect, ids))
+            runs = runs_for(self._map, rect, ids)
         except TransferError as error:
             logger.warning("note of %s: %s", note.transfer_id, error)
             return ""
+        fault = self._verifier.fault(note, runs)
         self._traces[note.transfer_id, note.epoch].checksum_s += self._clock() - start_s
         return fault
 

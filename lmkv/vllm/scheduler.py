@@ -108,6 +108,7 @@ class SchedulerSide:
             "tp": str(len(ordered)),
         }
         self._endpoint.on_pool(self._hear_pool)
+        self._endpoint.on_describe(lambda: self._pool.trouble if self._pool is not None else "")
         unpooled = next((meta.unpooled for meta in ordered if meta.unpooled), "")
         if not unpooled:
             self._pool = PoolSide(
@@ -223,10 +224,11 @@ class SchedulerSide:
         if self._role not in (params.role, "both"):
             logger.warning("request %s asks a %s engine for role %r", request.request_id, self._role, params.role)
             return
-        side = self._prefill if params.role == "prefill" else self._decode
-        self._sides[request.request_id] = side
-        side.new_request(request, params)
-        if side is self._prefill:
+        if params.role == "decode":
+            self._sides[request.request_id] = self._decode
+            self._decode.new_request(request, params)
+        elif self._prefill.new_request(request, params):
+            self._sides[request.request_id] = self._prefill
             self._endpoint.pair(params.peer_address)
 
     def matched_tokens(self, request: Any, computed_tokens: int) -> tuple[int | None, bool]:
@@ -255,7 +257,7 @@ class SchedulerSide:
         return meta
 
     def take_output(self, output: Any) -> None:
-        self._prefill.yielding.freed(output.finished_sending or set())
+        self._prefill.freed(output.finished_sending or set())
         meta = output.kv_connector_worker_meta
         if not isinstance(meta, WorkerMeta):
             return

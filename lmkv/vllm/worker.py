@@ -38,6 +38,7 @@ from .commands import (
     Yielded,
 )
 from .geometry import Shard
+from .letters import BROKEN
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
 from .pooled.books import PoolBooks
 from .pooled.rank import open_pool
@@ -281,7 +282,7 @@ class WorkerSide:
         """Reports and ledgers collected by `results` in this step."""
         news, self._news = self._news, Results()
         is_broken = self._loop is not None and not self._loop.alive
-        broken = f"the worker loop of rank {self._rank} has failed; its log has more" if is_broken else ""
+        broken = BROKEN.format(self._rank) if is_broken else ""
         if not (news or broken):
             return None
         return WorkerMeta(news.reports, news.ledgers, news.loads, news.counted, news.failures, broken)

@@ -44,6 +44,7 @@ from .commands import (
     split,
 )
 from .failures import Failures
+from .letters import Letters
 from .memory import KvMemory
 from .pace import BUSY_S, pause_s
 from .pal import Loss
@@ -83,6 +84,7 @@ class WorkerLoop:
         self._results = ResultsBox(runtime.wait)
         self._guard = Guard(f"worker loop {rank}", runtime.caught)
         self._is_over = False
+        self._is_stopping = False
         self._fences: list[Preempted] = []
         self._pool = pool
         self._is_watched = False
@@ -93,6 +95,7 @@ class WorkerLoop:
         self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone, self._holds)
         self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
+        self._letters = Letters(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
         self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
         replacing = Replacing(
             transport,
@@ -155,6 +158,7 @@ class WorkerLoop:
 
     def close(self) -> None:
         """Stop, whatever is in flight; the process is about to end."""
+        self._is_stopping = True
         self._runner.stop(timeout_s=10)
 
     # --- loop thread ---
@@ -175,6 +179,8 @@ class WorkerLoop:
             closing.callback(self._context.term)
             closing.callback(self._inbox.close)
             closing.callback(self._outbox.close)
+            if not self._is_stopping:
+                closing.callback(self._letters.say_broken)
             closing.callback(self._transport.abort)
             if self._pool is not None:
                 closing.callback(self._pool.close)
@@ -290,37 +296,10 @@ class WorkerLoop:
             message = letter.message
             self._guard.attempt(
                 type(message).__name__,
-                lambda message=message: self._take_letter(message, now_s),  # type: ignore[misc]
+                lambda message=message: self._letters.take(message, now_s),  # type: ignore[misc]
                 lambda message=message: self._failures.letter(message),  # type: ignore[misc]
                 str(getattr(message, "incarnation", "")),
             )
-
-    def _take_letter(self, message: wire.Control, now_s: float) -> None:
-        match message:
-            case wire.Beat():
-                peer = self._peers.heard(message, now_s)
-                if peer is not None:
-                    self._sending.handle(ev.Heard(peer), now_s)
-                    self._receiving.handle(ev.Heard(peer), now_s)
-            case wire.Grant():
-                self._sending.grant_came(message, now_s)
-            case wire.NotNeeded():
-                self._sending.not_needed_came(message, now_s)
-            case wire.Credit():
-                self._sending.credit_came(message, now_s)
-            case wire.Cancel():
-                self._sending.cancel_came(message, now_s)
-            case wire.Cancelled() | wire.Failed():
-                self._receiving.answer_came(message, now_s)
-            case wire.Introduce():
-                self._peers.introduce(message, now_s)
-                self._sending.introduced(message.card.incarnation, now_s)
-            case wire.Dismiss():
-                self._peers.dismiss(message.incarnation, message.dead)
-            case wire.PoolName() if self._pool is not None:
-                self._pool.named(message)
-            case _:
-                logger.warning("a worker does not take %s", type(message).__name__)
 
     def _take_events(self, now_s: float) -> None:
         events: list[Event] = []

@@ -31,10 +31,11 @@ class Yielding:
         """The request has ended, and its blocks are kept."""
         self._held[request_id] = transfer_id
 
-    def freed(self, request_ids: set[RequestId]) -> None:
-        for request_id in request_ids & self._held.keys():
-            del self._held[request_id]
-            self._tried.discard(request_id)
+    def freed(self, request_ids: set[str]) -> list[TransferId]:
+        """Returns the transfers of those that were held."""
+        freed = [RequestId(r) for r in request_ids & self._held.keys()]
+        self._tried.difference_update(freed)
+        return [self._held.pop(request_id) for request_id in freed]
 
     def asked(self, request_id: RequestId) -> None:
         """vLLM is about to look for blocks for a waiting request."""

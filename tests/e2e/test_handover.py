@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -266,8 +269,31 @@ async def test_prefill_gone_silent_then_back(bed: Bed, client: Client) -> None:
     await client.all_blocks_free(bed.prefill, bed.decode)
 
 
-def _signal(engine: Engine, number: int) -> None:
-    import os
+async def test_health_asks_the_engine_itself(bed: Bed, client: Client) -> None:
+    """vLLM's own /health does not see an engine process that has stopped; ours does, and that it goes on."""
 
+    async def answered(engine: Engine) -> tuple[int, str]:
+        async with client.session.get(f"{engine.url}/health") as response:
+            return response.status, await response.text()
+
+    async def is_red() -> bool:
+        status, body = await answered(bed.decode)
+        return status == 503 and "did not answer Describe" in body
+
+    async def is_well() -> bool:
+        return await answered(bed.decode) == (200, "")
+
+    for engine in (bed.prefill, bed.decode, bed.plain):
+        assert await answered(engine) == (200, "")
+    (core,) = [pid for pid in bed.decode.pids() if b"EngineCore" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(core, signal.SIGSTOP)
+    try:
+        await eventually(is_red, "/health to fail", 30)
+    finally:
+        os.kill(core, signal.SIGCONT)
+    await eventually(is_well, "/health to be well again", 30)
+
+
+def _signal(engine: Engine, number: int) -> None:
     for pid in engine.pids():
         os.kill(pid, number)

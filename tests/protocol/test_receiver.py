@@ -7,6 +7,7 @@ import pytest
 from lmkv.errors import ConfigError
 from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import (
+    MOST_DEAD,
     Abandon,
     CancelledCame,
     Drained,
@@ -275,6 +276,14 @@ def test_everything_is_forgotten() -> None:
     run.go(Tick(), at=1000.0)
     assert not run.machine._grants and not run.machine._newest and not run.machine._peers
     assert run.machine.next_deadline_s() is None
+
+
+def test_the_dead_are_remembered_up_to_a_number() -> None:
+    run = Run()
+    for i in range(MOST_DEAD + 50):
+        run.go(PeerGone(Peer(Incarnation(f"dead {i}"), Rank(0)), True))
+    run.go(Tick(), at=1000.0)
+    assert len(run.machine._peers) == MOST_DEAD
 
 
 def test_limits_are_checked() -> None:

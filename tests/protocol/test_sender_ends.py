@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from lmkv.errors import ConfigError
-from lmkv.ids import Epoch, RequestId, TransferId
+from lmkv.ids import Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import (
+    MOST_DEAD,
     Computed,
     Finished,
     Heard,
     NotNeededCame,
     Offer,
+    Peer,
     PeerGone,
     Preempted,
     PromptDone,
@@ -270,6 +272,14 @@ def test_everything_is_forgotten() -> None:
     assert not run.machine._transfers
     run.go(Tick(), at=1000.0)
     assert run.machine.next_deadline_s() is None and run.machine._unoffered == 0
+
+
+def test_the_dead_are_remembered_up_to_a_number() -> None:
+    run = Run()
+    for i in range(MOST_DEAD + 50):
+        run.go(PeerGone(Peer(Incarnation(f"dead {i}"), Rank(0)), True))
+    run.go(Tick(), at=1000.0)
+    assert len(run.machine.lanes._lanes) == MOST_DEAD
 
 
 def test_limits_are_checked() -> None:

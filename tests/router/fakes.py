@@ -219,6 +219,7 @@ class FakeEngine:
         self.script: list[Behaviour] = []
         """Behaviours of the next requests, before `behaviour`."""
         self.health = 200
+        self.health_body = b""
         self.seen: list[Seen] = []
         self.port = 0
         self.arrival = asyncio.Event()
@@ -267,7 +268,7 @@ class FakeEngine:
             seen.done.set()
 
     async def _health(self, request: web.Request) -> web.Response:
-        return web.Response(status=self.health)
+        return web.Response(status=self.health, body=self.health_body)
 
     async def _models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [{"id": "fake", "engine": self.name}]})

@@ -90,6 +90,16 @@ async def test_a_body_over_the_limit_is_refused(build: Build) -> None:
     assert not s.decode[0].seen
 
 
+async def test_a_body_that_does_not_come_ends_in_time(build: Build) -> None:
+    s = await build(idle_timeout_s=0.3)
+    host, port = s.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    status = await asyncio.wait_for(reader.readline(), 5)
+    assert b" 408 " in status and not s.decode[0].seen
+    writer.close()
+
+
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b'{"kv_transfer_params":{"lmkv":{"transfer_id":"x"}}}', b'{"kv_transfer_params":1}']
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import pytest
 
+from lmkv.router.health import lmkv_trouble
 from lmkv.router.pairs import PairState
 
 from .conftest import Build
-from .fakes import until
+from .fakes import FakeEngine, drop, until
 
 
 async def test_an_engine_that_comes_back_is_used_again(build: Build) -> None:
@@ -35,6 +37,61 @@ async def test_an_engine_that_calls_itself_sick_is_not_used(build: Build) -> Non
     status, ready = await s.get("/readyz")
     assert status == 200
     assert any("answers 503" in warning for warning in ready["warnings"])
+
+
+def die_but_serve(engine: FakeEngine) -> None:
+    """As lmkv.vllm.health answers where only lmkv is dead."""
+    engine.health, engine.health_body = 503, json.dumps({"trouble": "the worker loop of rank 0 has failed"}).encode()
+
+
+async def test_an_engine_in_which_only_lmkv_is_dead_is_used_when_there_is_no_other(build: Build) -> None:
+    s = await build(decode=2)
+    first, second = s.router.engines.decode
+    die_but_serve(s.decode[0])
+    await until(lambda: not first.healthy, "down")
+    for _ in range(4):
+        assert (await s.chat())[0] == 200
+    assert [len(e.seen) for e in s.decode] == [0, 4]
+    s.decode[1].health = 503  # vLLM itself is dead there
+    await until(lambda: not second.healthy, "down, too")
+    given = len(s.prefill[0].seen)
+    async with s.client.post(s.url + "/v1/completions", json={"prompt": "a"}, headers={"X-Request-Id": "r"}) as reply:
+        assert reply.status == 200
+    assert [len(e.seen) for e in s.decode] == [1, 4] and len(s.prefill[0].seen) == given
+    assert "kv_transfer_params" not in s.decode[0].seen[0].body
+    _, entry = await s.get("/explain/r")
+    assert (entry["mode"], entry["aggregated_why"]) == ("aggregated", "decode_plain")
+    status, ready = await s.get("/readyz")
+    assert (status, ready["ready"]) == (200, True)
+    assert any("rank 0 has failed" in warning for warning in ready["warnings"])
+    assert [(e["healthy"], e["plain"]) for e in ready["engines"]] == [(True, False), (False, True), (False, False)]
+    assert (await s.get("/v1/models"))[1]["data"][0]["engine"] == "d0"
+    s.decode[1].health = 200
+    await until(lambda: second.healthy, "up again")
+    assert (await s.chat())[0] == 200
+    assert [len(e.seen) for e in s.decode] == [1, 5]
+
+
+async def test_a_plain_engine_that_fails_a_request_is_tried_again(build: Build) -> None:
+    s = await build()
+    die_but_serve(s.decode[0])
+    await until(lambda: s.router.engines.decode[0].is_plain, "plain")
+    s.decode[0].script = [drop]
+    assert (await s.chat())[0] == 200
+    assert len(s.decode[0].seen) == 2 and s.router.engines.decode[0].is_plain
+
+
+async def test_a_prefill_engine_in_which_lmkv_is_dead_gets_nothing(build: Build) -> None:
+    s = await build()
+    die_but_serve(s.prefill[0])
+    await until(lambda: not s.router.engines.prefill[0].healthy, "down")
+    assert (await s.chat())[0] == 200
+    assert not s.prefill[0].seen and len(s.decode[0].seen) == 1
+
+
+@pytest.mark.parametrize("body", [b"", b"no", b"[]", b'{"trouble": 1}', b'{"trouble": ""}'])
+def test_other_words_of_an_engine_do_not_count_as_lmkvs(body: bytes) -> None:
+    assert lmkv_trouble(body) == ""
 
 
 async def test_prefill_down_is_a_warning_only(build: Build) -> None:

@@ -15,6 +15,8 @@ from .kinds import SHAPE
 from .load import Load, RequestPlan
 from .values import answer
 
+NO_ADDRESSES = ("x", "tcp://10.0.0.5", "tcp://10.0.0.5:99999", "tcp://[::1:80", "tcp://*:5555", "ipc:///tmp/x", "")
+
 
 def _seed_of(salt: str | None) -> int:
     """KV differs by salt, which a model's does not: so it is seen when KV of one salt is used for another."""
@@ -43,6 +45,7 @@ class Driver:
         self._fail = fail
         self._events = events
         self._numbers = itertools.count()
+        self._odd = random.Random(f"odd-{load.seed}")
         self.wake: Callable[[], None] = lambda: None
         """Asks for a turn at once; set by the world."""
         self._agenda: list[tuple[float, int, Callable[[float], None]]] = []
@@ -86,6 +89,8 @@ class Driver:
     def _arrive(self, plan: RequestPlan, now_s: float) -> None:
         prefill, decode = self._rnd.choice(self._prefills), self._rnd.choice(self._decodes)
         transfer = f"{self._rnd.getrandbits(128):032x}"
+        if plan.route == "pd" and self._odd.random() < self._load.odd:
+            self._be_odd(plan, transfer, prefill, decode, now_s)
         for sibling in range(plan.siblings):
             self.requests += 1
             number = next(self._numbers)
@@ -94,6 +99,35 @@ class Driver:
             else:
                 engine = prefill if plan.route == "prefill" else decode
                 self._send(engine, self._job(plan, f"{number}", None), plan, plan.abort_s, 0.0, now_s)
+
+    def _be_odd(self, plan: RequestPlan, transfer: str, prefill: SimEngine, decode: SimEngine, now_s: float) -> None:
+        """A router that goes wrong: it names an engine that cannot be, or sends a request twice under one id."""
+        stays = replace(plan, abort_s=-1.0, turns=0, siblings=1)
+        self.requests += 1
+        if self._odd.random() < 0.5:
+            bad = {"transfer_id": transfer[::-1], "role": "decode", "peer": {"address": self._odd.choice(NO_ADDRESSES)}}
+            job = self._job(stays, f"x{next(self._numbers)}", {"lmkv": bad})
+            self._events["odd:address"] += 1
+            self._send(decode, job, stays, -1.0, 0.0, now_s)
+            return
+        self._events["odd:id_used_again"] += 1
+        later = replace(stays, decode_delay_s=self._odd.choice([0.0, 0.01, 0.3]), prefill_delay_s=0.0)
+        plan.counts = later.counts = False
+        self._hand_over(
+            later, f"{next(self._numbers)}-again", transfer, prefill, decode, self._odd.random() < 0.5, now_s
+        )
+
+    def replace(self, old: SimEngine, new: SimEngine) -> None:
+        """Another engine has come to the address of one that has died."""
+        for engines in (self._prefills, self._decodes):
+            engines[:] = [new if engine is old else engine for engine in engines]
+
+    def probe(self, prefill: SimEngine, decode: SimEngine) -> None:
+        """One handover of a fresh prompt."""
+        plan = RequestPlan(self._clock(), self._load.fresh(80), 1, "pd")
+        self._hand_over(
+            plan, f"{next(self._numbers)}-probe", f"{self._odd.getrandbits(128):032x}", prefill, decode, True, plan.at_s
+        )
 
     def _hand_over(
         self,
@@ -122,7 +156,7 @@ class Driver:
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
         seed = _seed_of(plan.salt)
-        counts = plan.abort_s < 0 and plan.prefill_prompt is None
+        counts = plan.counts and plan.abort_s < 0 and plan.prefill_prompt is None
         return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
 
     def _send(
@@ -145,7 +179,7 @@ class Driver:
 
     def _judge(self, engine: SimEngine, job: Job) -> None:
         heads = SHAPE.heads // engine.kind.ranks
-        right = answer(SHAPE, job.prompt, job.max_tokens, heads, job.seed)
+        right = answer(SHAPE, job.prompt, job.max_tokens, heads, job.kv_seed)
         if job.answer != right:
             self._fail(f"{engine.name}: {job.request_id} answers {job.answer}, right is {right}")
 

@@ -30,6 +30,7 @@ from .steps import Piece, Step
 IDLE_S = 0.002
 MOST_IDLE_S = 0.25
 STEP_S = 0.01
+UPDATE_EVERY_S = 0.05
 
 
 @dataclass(slots=True)
@@ -45,8 +46,15 @@ class Job:
     counts: bool = True
     """Nobody hangs up: what it could load has to be loaded where nothing goes wrong."""
     answer: list[int] = field(default_factory=list)
+    version: int = 0
+    """Of the weights that compute it."""
     ended: str = ""
     on_end: Callable[[Job], None] = lambda job: None
+
+    @property
+    def kv_seed(self) -> int:
+        """What its KV depends on besides its tokens."""
+        return self.seed + self.version * 7919
 
 
 class SimEngine:
@@ -99,6 +107,10 @@ class SimEngine:
         self._freed: list[int] = []
         self._pause_s = IDLE_S
         self.due_s = 0.0
+        self.version = 0
+        """Of its weights."""
+        self._update_until_s = 0.0
+        self.is_dead = False
         self.steps = 0
         self.wake: Callable[[], None] = lambda: None
         """Asks for a turn at once; set by the world."""
@@ -106,9 +118,30 @@ class SimEngine:
     # --- what comes from outside ---
 
     def add(self, job: Job) -> None:
+        if self.is_dead:
+            self._bury(job)
+            return
         self._arrivals.append(job)
         self.due_s = 0.0
         self.wake()
+
+    def update(self, until_s: float) -> None:
+        """Replace the weights as soon as all requests have ended; new ones wait. Given up at `until_s`."""
+        self._update_until_s = until_s
+        self.due_s = 0.0
+        self.wake()
+
+    def die(self) -> None:
+        """Its process has been killed: its requests end."""
+        self.is_dead = True
+        for job in [*self.jobs.values(), *self._arrivals]:
+            self._bury(job)
+        self.jobs.clear()
+        self._arrivals.clear()
+
+    def _bury(self, job: Job) -> None:
+        job.ended = "died"
+        job.on_end(job)
 
     def abort(self, request_id: str) -> None:
         self._aborts.append(request_id)
@@ -125,7 +158,8 @@ class SimEngine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._arrivals or self._flying or self.scheduler.has_requests())
+        waiting = bool(self._arrivals or self._flying or self._update_until_s)
+        return not self.is_dead and (waiting or self.scheduler.has_requests())
 
     # --- turns ---
 
@@ -140,7 +174,10 @@ class SimEngine:
 
     def turn(self, now_s: float) -> None:
         """Part of a step, as EngineCore takes it."""
-        self._take_arrivals()
+        if self._update_until_s:
+            self._try_update(now_s)
+        if not self._update_until_s:
+            self._take_arrivals()
         self._take_aborts()
         most = 2 if self.kind.is_async else 1
         can_schedule = len(self._flying) < most and self.scheduler.has_requests()
@@ -154,9 +191,22 @@ class SimEngine:
             while self._flying:
                 self._finish(now_s)
 
+    def _try_update(self, now_s: float) -> None:
+        """As vLLM is told to when its weights have been replaced. No if a block is in use."""
+        idle = not self._flying and not self.scheduler.has_unfinished_requests()
+        if idle and self.scheduler.reset_prefix_cache():
+            self.version += 1
+            self._events["update"] += 1
+            self._update_until_s = 0.0
+        elif now_s > self._update_until_s:
+            self._events["update_given_up"] += 1
+            self._update_until_s = 0.0
+        self.due_s = now_s + UPDATE_EVERY_S
+
     def _take_arrivals(self) -> None:
         while self._arrivals:
             job = self._arrivals.popleft()
+            job.version = self.version
             self.jobs[job.request_id] = job
             sampling = SamplingParams(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
             if job.params:
@@ -219,7 +269,7 @@ class SimEngine:
             request, job = self.scheduler.requests[request_id], self.jobs[request_id]
             fresh = self._lives.get(request_id) != request.num_preemptions or request_id in waiting
             self._lives[request_id] = request.num_preemptions
-            sequence = self.runner.sequence(request, job.seed, fresh)
+            sequence = self.runner.sequence(request, job.kv_seed, fresh)
             (table,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
             before = computed[request_id]
             self._count_loaded(request, before)

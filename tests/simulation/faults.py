@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from .broken import BrokenOps
 from .virtual import Process, SteppedRuntime
 
 At = Callable[[float, Callable[[float], None]], None]
@@ -25,12 +26,19 @@ class World(Protocol):
 
     def restart_node(self, process: Process) -> None: ...
 
+    def restart_engine(self, number: int) -> bool: ...
+
 
 class Faults:
     """`at` is the driver's agenda. Every fault ends by itself, so that a world can come to rest."""
 
-    def __init__(self, world: World, rnd: random.Random, at: At, until_s: float) -> None:
+    def __init__(
+        self, world: World, rnd: random.Random, at: At, until_s: float, ops: BrokenOps, all_checked: bool
+    ) -> None:
         self._world = world
+        self._ops = ops
+        self._all_checked = all_checked
+        """A spoiled byte is noticed."""
         self._rnd = rnd
         self._at = at
         kinds: list[Callable[[], None]] = [
@@ -46,6 +54,10 @@ class Faults:
         now_s = world.runtime.clock()
         for _ in range(rnd.randrange(10, 30)):
             kind = rnd.choice(kinds)
+            at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
+        more = [self._fail_op, self._fail_op, self._break_planes, self._break_planes, self._kill_engine]
+        for _ in range(rnd.randrange(2, 10)):
+            kind = rnd.choice(more)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
 
     def _do(self, kind: Callable[[], None]) -> None:
@@ -63,7 +75,7 @@ class Faults:
     def _spoil_writes(self) -> None:
         """Some of the coming operations fail, or arrive with a wrong byte."""
         plane = self._rnd.choice(self._planes())
-        if self._rnd.random() < 0.6:
+        if self._rnd.random() < 0.6 and self._all_checked:
             plane.faults.corrupt_next += self._rnd.randrange(1, 4)
         else:
             plane.faults.fail_next += self._rnd.randrange(1, 4)
@@ -103,6 +115,21 @@ class Faults:
         network = self._world.runtime.network
         network.cut("host0", "host1")
         self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0]), lambda: network.heal("host0", "host1"))
+
+    def _fail_op(self) -> None:
+        self._ops.fail_next(self._rnd)
+
+    def _break_planes(self) -> None:
+        """A connection of the data plane ends, and both processes live."""
+        planes = self._planes()
+        self._rnd.shuffle(planes)
+        any(one.break_with(other) for i, one in enumerate(planes) for other in planes[:i] if other is not one)
+
+    def _kill_engine(self) -> None:
+        """An engine dies with what it was doing, and another comes to its address."""
+        number = self._rnd.randrange(len(self._world.engine_processes()))
+        if not self._world.restart_engine(number):
+            self._later(0.05, self._kill_engine)
 
     def _kill_node(self) -> None:
         """A pool node dies and comes back, empty, at its address."""

@@ -30,6 +30,8 @@ class RequestPlan:
     salt: str | None = None
     prefill_prompt: list[int] | None = None
     """What the prefill engine has in place of `prompt`."""
+    counts: bool = True
+    """What it could load has to be loaded, where nothing goes wrong."""
     turns: int = 0
     """Further turns of a chat that follow its answer."""
 
@@ -39,6 +41,8 @@ class Load:
 
     def __init__(self, rnd: random.Random, plan: WorldPlan) -> None:
         self._rnd = rnd
+        self.seed = plan.seed
+        self.odd = plan.odd
         self._count = plan.requests
         self._gentle_s = plan.gentle_s
         self._pd = plan.pd

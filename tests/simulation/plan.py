@@ -36,12 +36,16 @@ class WorldPlan:
     """Lengths of answers."""
     longest: int
     """Tokens of the longest prompt: with its answer it has to fit into each cache."""
+    updates: int
+    """How often the weights of all engines are replaced, one engine after the other."""
+    odd: float
+    """Share of requests whose transfer says something that it must not."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_patient(self) -> bool:
         """Nothing goes wrong, and nobody gives up: all that could be loaded has to be."""
-        return not self.faults and self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
+        return not (self.faults or self.updates) and self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
 
     def describe(self) -> str:
         engines = " ".join(
@@ -49,6 +53,7 @@ class WorldPlan:
             for k in (*self.prefills, *self.decodes)
         )
         flags = [name for name in ("threaded", "faults", "is_unlike") if getattr(self, name)]
+        flags += [f"{self.updates} updates"] * bool(self.updates)
         return f"seed {self.seed}: {engines} nodes {self.nodes} {' '.join(flags)}"
 
 
@@ -93,6 +98,14 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         "staging_bytes": 1 << 20,
         "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0, 30.0, 30.0]),
     }
+    more = random.Random(f"more-{seed}")
+    settings["kv_verify"] = more.choice(["auto", "auto", "auto", "sample", "off"])
+    settings["kv_verify_share"] = 0.3
+    if settings["kv_verify"] != "auto":
+        settings["hold_s"] = 120.0  # else such engines refuse each other
+    updates = 0 if threaded else more.choice([0, 0, 0, 1, 2])
+    if updates:
+        settings["on_reset"] = more.choice(["count", "count", "new_epoch"])
     return WorldPlan(
         seed,
         prefills,
@@ -110,5 +123,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         node_kib=rnd.choice([1024, 1024, 2048, 8192]),
         outputs=rnd.choice([(4, 8, 24, 40), (12, 24, 48)]) if tiny else (1, 2, 3, 5, 8, 16),
         longest=320 if tiny else 600,
+        updates=updates,
+        odd=more.choice([0.0, 0.02]),
         settings=settings,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from lmkv.transport import Extents, Notification, OpId, PeerId
+from lmkv.errors import PeerLostError
+from lmkv.transport import Extents, Notification, OpId, PeerId, PeerLost
 from lmkv.transport.inproc import InprocTransport
 from tests.simulation.network import Network
 
@@ -17,14 +18,37 @@ class SteppedPlane(InprocTransport):
         parts = urlsplit(url)
         super().__init__(name, parts.netloc, dict(parse_qsl(parts.query)))
         self._network = network
+        self._broken: set[str] = set()
+        """Peers to which the connection has broken, until that has been told."""
         self._due_s = float("inf")
         self._descriptor = network.watch(lambda: self._due_s)
 
     def fds(self) -> list[int]:
         return [self._descriptor]
 
+    def break_with(self, other: SteppedPlane) -> bool:
+        """Their connection ends, both ways; nothing that was in flight lands any more. False: there is none."""
+        pairs = [(one, its) for one, its in ((self, other), (other, self)) if its.name in one._peers]
+        for one, its in pairs:
+            one._broken.add(its.name)
+            one._want()
+        return bool(pairs)
+
+    def _advance(self, op: OpId, peer: PeerId, move: Any, budget_bytes: int) -> int:
+        if peer in self._broken:
+            self._ops.settle(op, PeerLostError(f"the connection to {peer} has ended"))
+            return 0
+        return super()._advance(op, peer, move, budget_bytes)
+
+    def _end_broken(self) -> list[Any]:
+        ended = [peer for peer in self._peers if peer in self._broken and not self._ops.busy(peer)]
+        for peer in ended:
+            self._broken.discard(peer)
+            self._forget(peer)
+        return [PeerLost(peer, "the connection has ended") for peer in ended]
+
     def poll(self) -> list[Any]:
-        events = super().poll()
+        events = super().poll() + self._end_broken()
         self._due_s = float("inf")
         if self.in_flight or self._outbox or self._inbox:
             self._want()

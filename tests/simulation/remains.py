@@ -22,6 +22,7 @@ def of_engine(engine: SimEngine) -> list[str]:
         {
             "requests in the prefill half": len(half._prefill._requests),
             "transfers in the decode half": len(half._decode._transfers),
+            "connections of the endpoint": len(half._endpoint._outbox),
             "requests in the pool's half": len(half._pool._requests) if half._pool is not None else 0,
         },
     )

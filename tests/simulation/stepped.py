@@ -10,6 +10,7 @@ from typing import Any
 from lmkv.pool.node import PoolNode
 from lmkv.pool.settings import NodeSettings
 
+from .broken import BrokenOps
 from .driver import Driver
 from .engine import SimEngine
 from .faults import Faults
@@ -25,6 +26,9 @@ from .witness import Witness
 LIMIT_S = 900.0
 """Virtual seconds until every request has to have ended: more than the longest deadline."""
 DRAIN_S = 900.0
+UPDATE_S = 60.0
+PROBES = 3
+PROBE_EVERY_S = 30.0
 SETTLE_S = 240.0
 """Until everything has come back: more than the longest time that something is remembered which never came."""
 
@@ -43,12 +47,16 @@ class SteppedWorld:
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
         self._devices_stand_still = chance.random() < 0.25
         """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
+        self._ops = BrokenOps()
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self._processes: list[Process] = []
         self.engines: list[SimEngine] = []
+        self._dead: list[SimEngine] = []
         kinds = (*plan.prefills, *plan.decodes)
         for i, kind in enumerate(kinds):
-            self.engines.append(self._engine(i, kind))
+            process, engine = self._engine(i, kind)
+            self._processes.append(process)
+            self.engines.append(engine)
         load = Load(self._rnd, plan)
         p = len(plan.prefills)
         self.driver = Driver(
@@ -56,7 +64,17 @@ class SteppedWorld:
         )
         self.driver.wake = self.runtime.process("clients").start_part("driver", self.driver).wake
         if plan.faults:
-            Faults(self, self._rnd, self.driver.at, self.driver.last_s)
+            checked = plan.settings["kv_verify"] == "auto"  # in host memory: all writes
+            Faults(self, self._rnd, self.driver.at, self.driver.last_s, self._ops, checked)
+        self._plan_updates(random.Random(f"updates-{plan.seed}"))
+
+    def _plan_updates(self, rnd: random.Random) -> None:
+        """Rolling: the weights of one engine after the other."""
+        for _ in range(self.plan.updates):
+            start_s = rnd.uniform(self.runtime.clock(), self.driver.last_s)
+            for i in rnd.sample(range(len(self.engines)), len(self.engines)):
+                start_s += rnd.choice([0.0, 0.05, 0.5])
+                self.driver.at(start_s, lambda now_s, i=i: self.engines[i].update(now_s + UPDATE_S))
 
     def engine_processes(self) -> list[Process]:
         return self._processes
@@ -86,10 +104,23 @@ class SteppedWorld:
         self.witness.node(process.name, node)
         return process, node
 
-    def _engine(self, number: int, kind: Any) -> SimEngine:
+    def restart_engine(self, number: int) -> bool:
+        """The engine dies, and another comes to its address. False: it is in the middle of a turn, try later."""
+        process, old = self._processes[number], self.engines[number]
+        if any(self.runtime.is_active(runner) for runner in self.runtime.runners if runner.process is process):
+            return False
+        process.kill()
+        old.die()
+        self._dead.append(old)
+        self._processes[number], new = self._engine(number, old.kind, old.address)
+        self.engines[number] = new
+        self.driver.replace(old, new)
+        return True
+
+    def _engine(self, number: int, kind: Any, listen: str = "tcp://127.0.0.1:0") -> tuple[Process, SimEngine]:
         process = self.runtime.process(f"engine{number}", f"host{number % 2}")
-        self._processes.append(process)
         settings = self.plan.settings | {
+            "listen": listen,
             "transport": self.plan.transport,
             "pool": [node.card.address for _, node in self.nodes],
         }
@@ -102,7 +133,7 @@ class SteppedWorld:
         if kind.is_async and not self._devices_stand_still:
             stream = engine.runner.stream
             stream.wake = process.start_part("device", Device(stream, self._device_chance)).wake
-        return engine
+        return process, engine
 
     def fail(self, text: str) -> None:
         self.result.failures.append(f"at {self.runtime.clock():.4f}: {text}")
@@ -112,22 +143,56 @@ class SteppedWorld:
     def run(self) -> Result:
         """One run; the world is closed after it."""
         started_s = time.perf_counter()
-        end_s = self.runtime.clock() + LIMIT_S
-        while not self.driver.done and not self.result.failures and self.runtime.step(end_s):
-            pass
-        self.result.unended = 0 if self.result.failures else self.driver.unended
-        if not self.result.failures and not self.result.unended:
-            self.runtime.run_until(lambda: not any(engine.busy for engine in self.engines), DRAIN_S)
-            self._find_leaks()
-            self.witness.check_sums()
+        with self._ops.restoring():
+            self._run_to_end()
+            if self._is_fine and self.plan.faults and not self.plan.updates:
+                self._probe()
+            if self._is_fine:
+                self.runtime.run_until(lambda: not any(engine.busy for engine in self.engines), DRAIN_S)
+                self._find_leaks()
+                self.witness.check_sums()
         self._count()
         self.result.requests = self.driver.requests
         self.close()
         self.result.seconds = time.perf_counter() - started_s
         return self.result
 
+    @property
+    def _is_fine(self) -> bool:
+        return not self.result.failures and not self.result.unended
+
+    def _run_to_end(self) -> None:
+        end_s = self.runtime.clock() + LIMIT_S
+        while not self.driver.done and not self.result.failures and self.runtime.step(end_s):
+            pass
+        self.result.unended = 0 if self.result.failures else self.driver.unended
+
+    def _probe(self) -> None:
+        """Once all faults are over each pair hands a prompt over, whatever has become of it in between."""
+        for process in (*self._processes, *self.node_processes()):
+            for plane in process.transports.values():
+                plane.faults.corrupt_next = plane.faults.fail_next = 0  # type: ignore[attr-defined]
+        p = len(self.plan.prefills)
+        missing = [(prefill, decode) for prefill in self.engines[:p] for decode in self.engines[p:]]
+        for _ in range(PROBES):
+            self.runtime.run_for(PROBE_EVERY_S)
+            before = [self._loaded(decode) for _, decode in missing]
+            for prefill, decode in missing:
+                self.driver.probe(prefill, decode)
+                self._run_to_end()
+            missing = [pair for pair, count in zip(missing, before, strict=True) if self._loaded(pair[1]) == count]
+            if not missing or not self._is_fine:
+                break
+        for prefill, decode in missing if self._is_fine else ():
+            self.fail(f"{prefill.name} hands nothing over to {decode.name} after all faults are over")
+        self.events["probed"] += 1
+
+    @staticmethod
+    def _loaded(engine: SimEngine) -> int:
+        return int(engine.scheduler.connector._scheduler.book.counts().get("receive:loaded", 0))
+
     def _count(self) -> None:
-        for engine in self.engines:
+        for engine in (*self.engines, *self._dead):
             for name, n in engine.scheduler.connector._scheduler.book.counts().items():
                 self.events[name] += n
 

@@ -270,6 +270,22 @@ def test_nobody_waits_for_a_dead_loop(world: SteppedRuntime, dead: Engine) -> No
     assert not dead.loop._commands
 
 
+def test_an_engine_that_takes_no_step_hears_of_a_dead_loop(
+    world: SteppedRuntime, pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = pair
+    monkeypatch.setattr(one.loop, "_publish", bug)
+    assert world.run_until(lambda: one.endpoint._is_refusing, 5.0)
+    assert one.endpoint.pair("tcp://127.0.0.1:9")[1] == "the worker loop of rank 0 has failed; its log has more"
+
+
+def test_a_loop_that_is_told_to_end_is_not_broken(world: SteppedRuntime, pair: tuple[Engine, Engine]) -> None:
+    one, _ = pair
+    one.loop.close()
+    world.run_for(5.0)
+    assert not one.endpoint._is_refusing
+
+
 def test_who_waits_when_the_loop_dies_waits_no_longer(
     world: SteppedRuntime, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,8 +48,9 @@ class Witness:
         self._strict = strict
         self._engines: list[SimEngine] = []
         self._nodes: list[tuple[str, PoolNode]] = []
-        self._prompts: dict[str, Sequence] = {}
+        self._prompts: dict[str, Job] = {}
         """By transfer: what prefill computes for it."""
+        self._sequences: dict[tuple[str, int], Sequence] = {}
         self._names: dict[bytes, tuple[int, bytes]] = {}
         """By object key without its group: (state after the chunk, states of its tokens)."""
 
@@ -62,7 +63,7 @@ class Witness:
         def watched(job: Job) -> None:
             params = (job.params or {}).get("lmkv", {})
             if params.get("role") == "prefill":
-                self._prompts[params["transfer_id"]] = Sequence(params["transfer_id"], job.seed, job.prompt, 0)
+                self._prompts[params["transfer_id"]] = job
             add(job)
 
         engine.add = watched  # type: ignore[method-assign]
@@ -76,7 +77,7 @@ class Witness:
         post, completed = sending._write, sending.completed
 
         def posted(action: Any, source: Any) -> Any:
-            prompt = self._prompts.get(transfer_of(action.transfer_id))
+            prompt = self._sequence(transfer_of(action.transfer_id))
             if prompt is not None:
                 write = _Write(rank, action.rect, list(source.block_ids[action.rect.group]), prompt)
                 flying[action.transfer_id, action.seq] = write
@@ -90,6 +91,15 @@ class Witness:
             completed(op, error, now_s)
 
         sending._write, sending.completed = posted, ended
+
+    def _sequence(self, transfer_id: str) -> Sequence | None:
+        job = self._prompts.get(transfer_id)
+        if job is None:
+            return None
+        key = (transfer_id, job.kv_seed)
+        if key not in self._sequences:
+            self._sequences[key] = Sequence(transfer_id, job.kv_seed, job.prompt, 0)
+        return self._sequences[key]
 
     def _look_at(self, engine: SimEngine, write: _Write, transfer_id: str, when: str) -> None:
         rect, n = write.rect, engine.kind.block_tokens
@@ -120,7 +130,7 @@ class Witness:
             for spec in meta.stores[before:]:
                 job = engine.jobs[spec.request_id]
                 tokens = list(engine.scheduler.requests[spec.request_id].all_token_ids)
-                states = prefix_states(tokens[: (spec.first + len(spec.keys)) * CHUNK], job.seed)
+                states = prefix_states(tokens[: (spec.first + len(spec.keys)) * CHUNK], job.kv_seed)
                 for chunk, key in enumerate(spec.keys, spec.first):
                     self._name(spec.namespace + key, states[chunk * CHUNK : (chunk + 1) * CHUNK])
 

@@ -62,8 +62,11 @@ def test_engine_gets_its_settings_and_whatever_else_is_given(role: str, bed: Bed
     assert argv[argv.index("--served-model-name") + 1] == "model"
     assert argv[argv.index("--dtype") + 1] == "bfloat16"
     if role == "plain":
-        assert "--kv-transfer-config" not in argv
+        assert not {"--kv-transfer-config", "--middleware"} & set(argv)
+        assert "LMKV_HEALTH" not in bed.recorded()["environ"]
         return
+    assert argv[argv.index("--middleware") + 1] == "lmkv.vllm.health.Health"
+    assert bed.recorded()["environ"]["LMKV_HEALTH"] == f"tcp://127.0.0.1:{port + 10000}"
     config = json.loads(argv[argv.index("--kv-transfer-config") + 1])
     assert config == {
         "kv_connector": "LmkvConnector",
@@ -105,6 +108,30 @@ def test_options_win_over_variables_and_ours_stay_out_of_the_engine(bed: Bed) ->
     assert told["environ"]["VLLM_CPU_KVCACHE_SPACE"] == "3"
     assert told["environ"]["VLLM_CPU_OMP_THREADS_BIND"] == str(core)
     assert told["environ"]["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "ranks"),
+    [
+        (["--data-parallel-size", "2"], (0, 1)),
+        (["--data_parallel_size=3", "--data-parallel-start-rank=1"], (1, 2)),
+        (["-dp", "4", "-dpl", "2", "-dpr", "2"], (2, 3)),
+        (["-dp", "4", "--data-parallel-rank", "3"], (3,)),
+        (["-dp", "4", "--data-parallel-multi-port-external-lb"], ()),
+        (["--kv-transfer-config", "{}"], ()),
+        (["--seed", "08", "-dp", "x"], (0,)),
+    ],
+)
+def test_the_api_server_is_told_where_the_ranks_of_this_host_answer(
+    bed: Bed, arguments: list[str], ranks: tuple[int, ...]
+) -> None:
+    port = free_port(10000)
+    with ended(bed.launch("decode", "--port", str(port), *arguments, LMKV_HEALTH="tcp://of.another:1")) as process:
+        first_line(process)
+        process.terminate()
+        process.wait(10)
+    told = ",".join(f"tcp://127.0.0.1:{port + 10000 + rank}" for rank in ranks)
+    assert bed.recorded()["environ"].get("LMKV_HEALTH", "") == told
 
 
 def test_a_gpu_build_gets_no_cpu_settings(bed: Bed) -> None:

@@ -56,8 +56,8 @@ class Net:
         match message:
             case wire.Hello(sender, number):
                 return target.hello(sender, number)
-            case wire.Welcome(sender, number):
-                return target.welcome(sender, number)
+            case wire.Welcome(sender, number, yours):
+                return target.welcome(sender, number, yours)
             case wire.Refuse():
                 return target.refuse(message.address, message.reason)
         raise AssertionError(message)
@@ -88,7 +88,7 @@ def test_welcome_waits_for_every_worker() -> None:
     b.introduced(Rank(0), Incarnation("a1"), "", 0.0)
     assert b.state(A)[0] is PairState.PENDING
     actions = b.introduced(Rank(1), Incarnation("a1"), "", 0.0)
-    assert actions == [ToEngine(A, wire.Welcome(b.card, 1))] and b.state(A)[0] is PairState.READY
+    assert actions == [ToEngine(A, wire.Welcome(b.card, 1, 1))] and b.state(A)[0] is PairState.READY
 
 
 def test_both_may_start_at_once() -> None:
@@ -234,3 +234,17 @@ def test_a_data_plane_that_was_made_anew_is_told_to_all_peers() -> None:
     known = b.ready_card(A)
     assert known is not None and known.workers[0].export == b"new export"
     assert a.number(B) == 2, "grants from before are void"
+
+
+def test_a_number_that_the_other_has_missed_is_told_again() -> None:
+    """B loses the pair after it has said Hello, and hears the Welcome to that Hello with its number of before."""
+    a, b, net = pair()
+    hello = b.want(A, 0.0)
+    net.do(b, hello)
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    a.introduced(Rank(0), Incarnation("b1"), "lost", 1.0)
+    (old,) = b.want(A, 2.0) or [ToEngine(A, wire.Hello(b.card, b.number(A)))]
+    b.introduced(Rank(0), Incarnation("a1"), "lost", 3.0)
+    net.do(b, [old])
+    assert a.state(B)[0] is b.state(A)[0] is PairState.READY
+    assert a._peers[Incarnation("b1")].pair == b.number(A) == 2, "grants of B carry the number that A serves"

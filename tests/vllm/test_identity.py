@@ -138,11 +138,34 @@ def test_what_is_loaded_from_elsewhere_is_private(tmp_path: Path, given: dict[st
     assert not found.digest and why in found.private
 
 
+def test_code_of_the_models_folder_counts_where_it_is_run(tmp_path: Path) -> None:
+    folder = with_weights(tmp_path / "m")
+    code = folder / "modeling.py"
+
+    def found(text: str, trusted: bool = True, where: str = "modeling.Model") -> Weights:
+        code.write_text(text)
+        model = SimpleNamespace(
+            model=str(folder),
+            revision=None,
+            model_weights="",
+            architectures=["X"],
+            trust_remote_code=trusted,
+            hf_config=SimpleNamespace(auto_map={"AutoConfig": "config.C", "AutoTokenizer": [where, None]}),
+        )
+        load = SimpleNamespace(load_format="auto", download_dir=None)
+        config = SimpleNamespace(model_config=model, load_config=load, speculative_config=None)
+        return identify(weight_sources(config), {}, time.time() + 60, None)
+
+    one, other = found("x = 1"), found("x = 2")
+    assert one.digest and other.digest and one != other and found("x = 1") == one
+    assert found("x = 1", trusted=False) == found("x = 2", trusted=False) != one
+    assert "org/code--modeling.Model" in found("x = 1", where="org/code--modeling.Model").private
+
+
 def test_a_drafters_weights_count_if_it_has_kv(tmp_path: Path) -> None:
-    main = SimpleNamespace(model="a", revision=None, model_weights="", architectures=["X"])
-    draft = SimpleNamespace(
-        model=str(with_weights(tmp_path / "draft")), revision=None, model_weights="", architectures=[]
-    )
+    more: dict[str, Any] = {"revision": None, "model_weights": "", "trust_remote_code": False}
+    main = SimpleNamespace(model="a", architectures=["X"], **more)
+    draft = SimpleNamespace(model=str(with_weights(tmp_path / "draft")), architectures=[], **more)
     load = SimpleNamespace(load_format="auto", download_dir=None)
 
     def config(kv: bool) -> Any:

@@ -13,6 +13,7 @@ import torch
 import zmq
 
 from lmkv.config import ConnectorSettings
+from lmkv.errors import KernelError
 from lmkv.ids import Rank
 from lmkv.pool.access import Reach
 from lmkv.transport import MemoryKind
@@ -106,6 +107,15 @@ def test_a_conversion_whose_op_raises_fails_the_transfer(bench: test_landing.Ben
         error = bench.landing.take_out(test_landing.PREFILL, note, test_landing.ALL)
     assert "LMKV-K900 convert_blocks failed" in error and "out of memory" in error
     assert bench.landing.take_out(test_landing.PREFILL, note, test_landing.ALL) == ""
+
+
+def test_a_checksum_whose_op_raises_fails_the_transfer(bench: test_landing.Bench) -> None:
+    note = bench.write(bench.credits()[0], test_landing.ALL, test_landing.IDS)
+    checksums = bench.landing._verifier._checksums
+    with mock.patch.object(checksums, "of", side_effect=KernelError("checksum_runs failed: out of memory")):
+        fault = bench.landing.fault(test_landing.PREFILL, note, test_landing.ALL)
+    assert "cannot be verified" in fault and "out of memory" in fault
+    assert bench.landing.fault(test_landing.PREFILL, note, test_landing.ALL) == ""
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +26,9 @@ SOME = torch.arange(16, dtype=torch.float32).reshape(8, 2)
 class Contents:
     """Stands for Adapters: what each adapter's files contain, by name; None while they are being read."""
 
-    def __init__(self, **known: bytes | None) -> None:
+    def __init__(self, since_reset: bytes = b"", **known: bytes | None) -> None:
         self.known = known
+        self.since_reset = since_reset
 
     def content(self, lora: Any) -> bytes | None:
         return self.known[lora.lora_name]
@@ -36,7 +38,9 @@ def lora(name: str) -> Any:
     return SimpleNamespace(lora_name=name, lora_int_id=1, lora_path=f"/{name}")
 
 
-def image(identifier: str, offset: int = 2, length: int = 3, modality: str = "image") -> MultiModalFeatureSpec:
+def image(content: str, offset: int = 2, length: int = 3, modality: str = "image") -> MultiModalFeatureSpec:
+    """Under vLLM's own identifier, a hash."""
+    identifier = hashlib.sha256(content.encode()).hexdigest()
     return MultiModalFeatureSpec(None, modality, identifier, PlaceholderRange(offset, length))
 
 
@@ -107,3 +111,17 @@ def test_strided_embeddings_are_read_in_their_order() -> None:
 @pytest.mark.parametrize("count", [0, 1, 100_000])
 def test_any_length(count: int) -> None:
     assert prompt_of(request(list(range(count))), Contents()).tokens == count  # type: ignore[arg-type]
+
+
+def test_an_image_under_an_id_of_the_clients_own_has_no_content() -> None:
+    """Each engine fetches it for itself, and what is behind its address may have changed."""
+    feature = MultiModalFeatureSpec(None, "image", "my-cat", PlaceholderRange(2, 3))
+    assert digest(request(mm_features=[image("a"), feature])) is None
+    prompt = prompt_of(request(mm_features=[feature]), Contents())  # type: ignore[arg-type]
+    assert "images under ids of the client's own" in prompt.differs(prompt)
+
+
+def test_kv_from_before_and_after_a_reset_differs() -> None:
+    """Of two engines whose weights are replaced one after the other, one may not have heard of the other's reset."""
+    before, after, later = (prompt_digest(request(), Contents(r)) for r in (b"", b"1", b"2"))  # type: ignore[arg-type]
+    assert len({before, after, later}) == 3

@@ -47,6 +47,18 @@ def test_it_is_told_as_json_and_follows_a_reset(endpoint: EngineEndpoint) -> Non
     assert found["private"] == "it was reset"
 
 
+def test_an_engine_in_which_lmkv_is_dead_says_why(endpoint: EngineEndpoint) -> None:
+    start(endpoint, "")
+    assert "trouble" not in lmkv("status", "--engine", endpoint.address).stdout
+    endpoint.refuse_all("its loop is dead")
+    assert (
+        "in trouble, restart it when it suits you: its loop is dead"
+        in lmkv("status", "--engine", endpoint.address).stdout
+    )
+    (found,) = json.loads(lmkv("status", "--engine", endpoint.address, "--json").stdout)["engines"]
+    assert found["trouble"] == "its loop is dead"
+
+
 def test_an_engine_that_does_not_answer_is_an_error(endpoint: EngineEndpoint) -> None:
     silent = lmkv("status", "--engine", endpoint.address)
     assert silent.exit_code == 1 and endpoint.address in silent.stderr and "LMKV-N701" in silent.stderr

@@ -99,7 +99,7 @@ class Lookups:
         self._open: list[Lookup] = []
         self._incarnation = Incarnation("")
         self._guard = Guard("lookups", runtime.caught)
-        self._is_over = False
+        self._is_over = self._is_closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
         self._directory: Directory | None = None
         self._runner = runtime.runner("lmkv-lookups", self)
@@ -122,6 +122,12 @@ class Lookups:
     def reachable(self) -> bool:
         """There is a node that all ranks can load from, and a thread that asks it."""
         return bool(self._usable) and not self._is_over
+
+    @property
+    def trouble(self) -> str:
+        """The thread has ended before `close`: why, or ""."""
+        failed = self._is_over and not self._is_closed
+        return "the thread that asks the pool has failed; the engine's log has more" if failed else ""
 
     def is_mapped(self, lookup: Lookup) -> bool:
         """All its pages lie in memory that all ranks map."""
@@ -160,6 +166,7 @@ class Lookups:
             self._let_go()
 
     def close(self) -> None:
+        self._is_closed = True
         self._runner.stop()
 
     # --- the thread ---

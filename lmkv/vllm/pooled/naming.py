@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from typing import Any
 
 import torch
 
 from lmkv.hashing import Extra
 
+from ..contents import is_content_hash
 from .adapters import Adapters
-
-_CONTENT_HASH = re.compile(r"(?:.*:)?(?:[0-9a-f]{64}|[0-9a-f]{128})", re.DOTALL)
-"""vLLM's identifiers of images, video and audio: hashes of their content (after an adapter's name, where the encoder
-has adapters). Clients may give identifiers of their own instead, which two of them may use for different content."""
 
 
 def exclusion(request: Any, approximate: bool) -> str:
@@ -27,7 +23,7 @@ def exclusion(request: Any, approximate: bool) -> str:
         return "no_tokens"
     if getattr(request, "resumable", False):
         return "resumable"
-    if any(not _CONTENT_HASH.fullmatch(feature.identifier) for feature in request.mm_features or ()):
+    if any(not is_content_hash(feature.identifier) for feature in request.mm_features or ()):
         return "mm_uuid"
     return ""
 

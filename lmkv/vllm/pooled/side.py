@@ -94,6 +94,11 @@ class PoolSide:
     def chunk_tokens(self) -> int:
         return self._settings.chunk_tokens
 
+    @property
+    def trouble(self) -> str:
+        """Why the pool can't be used any more, or ""."""
+        return self._lookups.trouble
+
     # --- what the engine's KV is called ---
 
     def named(self, incarnation: Incarnation, manifest: Manifest, tell: Callable[[str], None]) -> None:

@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .child import BOOTSTRAP
-from .table import MUTANTS, Mutant, MutantError
+from .mutant import Mutant, MutantError
+from .table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -34,7 +35,6 @@ class Found:
     seconds: float = 0.0
     error: str = ""
     """The mutant could not be tried."""
-    skipped: str = ""
 
 
 def copy_tree(target: Path) -> None:
@@ -67,16 +67,13 @@ def run_seeds(root: Path, needs: str, seeds: list[int], found: Found) -> None:
                 found.error = complaints.result().strip()[-600:] or f"its process has ended with {child.returncode}"
 
 
-def try_mutant(mutant: Mutant, seeds: list[int], allow_missing: bool) -> Found:
+def try_mutant(mutant: Mutant, seeds: list[int]) -> Found:
     found = Found(mutant.name, mutant.half, mutant.bug)
     started_s = time.monotonic()
     try:
         text = mutant.apply(ROOT)
     except MutantError as error:
-        if mutant.waits_for and allow_missing:
-            found.skipped = mutant.waits_for
-        else:
-            found.error = str(error)
+        found.error = str(error)
         return found
     with tempfile.TemporaryDirectory(prefix="lmkv-mutant-") as folder:
         root = Path(folder)
@@ -97,9 +94,7 @@ def try_unmutated(seeds: list[int]) -> Found:
 
 
 def _show(found: Found) -> None:
-    if found.skipped:
-        print(f"  – {found.name}: passed over, {found.skipped}", flush=True)
-    elif found.error:
+    if found.error:
         print(f"  ✗ {found.name}: {found.error}", flush=True)
     elif found.seed is None:
         print(f"  ✗ {found.name} SURVIVES {found.worlds} worlds ({found.seconds:.0f} s): {found.bug}", flush=True)
@@ -113,7 +108,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=60, help="a mutant has to be caught within so many (60)")
     parser.add_argument("--only", action="append", default=[], metavar="NAME", help="this mutant; may be repeated")
     parser.add_argument("--processes", type=int, default=2, help="mutants tried side by side (2)")
-    parser.add_argument("--allow-missing", action="store_true", help="pass over mutants of code that is not there yet")
     parser.add_argument("--list", action="store_true", help="show the mutants, and run nothing")
     return parser.parse_args()
 
@@ -133,7 +127,7 @@ def main() -> int:
     seeds = list(range(options.seeds))
     results: list[Found] = []
     with ThreadPoolExecutor(options.processes) as workers:
-        tries = [workers.submit(try_mutant, mutant, seeds, options.allow_missing) for mutant in chosen]
+        tries = [workers.submit(try_mutant, mutant, seeds) for mutant in chosen]
         for future in as_completed(tries):
             results.append(future.result())
             _show(results[-1])
@@ -143,11 +137,10 @@ def main() -> int:
     broken = [control for control in unmutated if control.error or control.seed is not None]
     for control in broken:
         print(f"  ✗ without a mutant, seed {control.seed} is not ok either: {control.by or control.error}")
-    survived = [found for found in results if found.seed is None and not found.skipped]
-    tried = [found for found in results if not found.skipped]
-    summary = {"mutants": len(tried), "survived": len(survived), "broken_controls": len(broken)}
+    survived = [found for found in results if found.seed is None]
+    summary = {"mutants": len(results), "survived": len(survived), "broken_controls": len(broken)}
     seconds = round(time.monotonic() - started_s, 1)
-    print(f"  mutants {len(tried)} · survived {len(survived)} · {seconds:.0f} s")
+    print(f"  mutants {len(results)} · survived {len(survived)} · {seconds:.0f} s")
     if options.out:
         _write(Path(options.out), results, summary, seconds)
     return 1 if survived or broken else 0

@@ -1,4 +1,4 @@
-"""The mutants. Texts are looked up, not lines, so that they stay true while code moves; each must be there once.
+"""The mutants, by half.
 
 `needs` names what a world must have for the mutated code to run at all; worlds without it are passed over, since they
 would run as if nothing had been changed.
@@ -6,45 +6,8 @@ would run as if nothing had been changed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
-HALVES = ("scheduler", "worker", "pool")
-
-
-class MutantError(Exception):
-    """The text of a mutant is not in the tree, or not once: code has moved on, and the mutant has to follow it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """In `file`, the text `before` becomes `after`. `bug` says what that is."""
-
-    name: str
-    half: str
-    """One of `HALVES`."""
-    bug: str
-    file: str
-    before: str
-    after: str
-    needs: str = ""
-    """"pool", "unlike", "async" or "async prefill": only such worlds are run."""
-    waits_for: str = ""
-    """Set while the code that is mutated is not in the tree yet: why. Passed over then with --allow-missing."""
-
-    def apply(self, root: Path) -> str:
-        """The file's new text. Raises MutantError."""
-        path = root / self.file
-        text = path.read_text() if path.is_file() else ""
-        found = text.count(self.before)
-        if found != 1:
-            why = f" ({self.waits_for})" if self.waits_for else ""
-            raise MutantError(
-                f"mutant {self.name}: its text is {found} times in {self.file}, not once{why}; "
-                f"write tests/simulation/mutants/table.py anew for it:\n{self.before}"
-            )
-        return text.replace(self.before, self.after)
-
+from .mutant import Mutant
+from .survival import SURVIVAL
 
 SCHEDULER = (
     Mutant(
@@ -77,8 +40,8 @@ SCHEDULER = (
         "scheduler",
         "the blocks of a finished prompt are not kept until they have been sent",
         "lmkv/vllm/prefill.py",
-        'f"prefill ended as {request.status.name}"))\n        return True',
-        'f"prefill ended as {request.status.name}"))\n        return False',
+        "self.yielding.held(prefill.request_id, prefill.transfer_id)\n        return True",
+        "self.yielding.held(prefill.request_id, prefill.transfer_id)\n        return False",
     ),
     Mutant(
         "abort-not-withdrawn",
@@ -350,8 +313,7 @@ BINDING = (
         "lmkv/transfer/outgoing.py",
         'return self.prompt.differs(self.grant.prompt) if self.prompt is not None and self.grant is not None else ""',
         'return ""',
-        waits_for="transfers are not bound to their prompts yet",
     ),
 )
 
-MUTANTS = (*SCHEDULER, *WORKER, *POOL, *BINDING)
+MUTANTS = (*SCHEDULER, *WORKER, *POOL, *BINDING, *SURVIVAL)

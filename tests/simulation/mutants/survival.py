@@ -1,0 +1,89 @@
+"""Mutants of what keeps engines and nodes going: bad input, lost connections, numbers used twice, endless waits."""
+
+from __future__ import annotations
+
+from .mutant import Mutant
+
+SURVIVAL = (
+    Mutant(
+        "bad-address-taken",
+        "scheduler",
+        "2.2: an address that cannot be connected to goes on from a request to the sockets",
+        "lmkv/vllm/params.py",
+        "        split_address(address)\n    except",
+        "        str(address)\n    except",
+    ),
+    Mutant(
+        "cut-off-peer-stays-dead",
+        "worker",
+        "2.4: a peer whose connection was lost is taken for dead, and stays so when it is there again",
+        "lmkv/vllm/writer.py",
+        "dead=loss is Loss.DEAD,",
+        "dead=loss is not Loss.SILENT,",
+    ),
+    Mutant(
+        "transfer-id-used-twice",
+        "scheduler",
+        "2.5: the transfer id of a request whose blocks are still held is taken for a second request",
+        "lmkv/vllm/prefill.py",
+        "if owner != request.request_id:",
+        'if owner == "":',
+    ),
+    Mutant(
+        "proof-after-parting-lost",
+        "worker",
+        "2.6: a peer that was only silent when it was parted from is not noticed to be fenced later",
+        "lmkv/vllm/peers.py",
+        "elif loss is Loss.FENCED and peer in self._departed:",
+        "elif loss is None:",
+    ),
+    Mutant(
+        "op-error-escapes",
+        "worker",
+        "2.8: what torch raises in an op is not an error of lmkv, which ends one transfer",
+        "lmkv/kernels/_guard.py",
+        "except (RuntimeError, IndexError, MemoryError) as error:",
+        "except (IndexError, MemoryError) as error:",
+    ),
+    Mutant(
+        "outbox-never-forgets",
+        "scheduler",
+        "2.3: connections to peers that nothing is sent to any more stay open",
+        "lmkv/control/mailbox.py",
+        "if now_s - connection.used_s < self._idle_s:",
+        "if now_s - connection.used_s < 1e9:",
+    ),
+    Mutant(
+        "reset-not-in-the-prompt",
+        "scheduler",
+        "1.6: KV of weights that have been replaced is sent to an engine that has not heard of it",
+        "lmkv/vllm/prompt.py",
+        '_add(state, "reset", adapters.since_reset)',
+        '_add(state, "reset", b"")',
+    ),
+    Mutant(
+        "new-number-not-told",
+        "scheduler",
+        "an engine that has lost the pair since its Hello takes the Welcome, and its grants are not served",
+        "lmkv/control/pairing.py",
+        "if ours != (number := self.number(card.address)):",
+        "if (number := self.number(card.address)) < 0:",
+    ),
+    Mutant(
+        "nothing-gives-way",
+        "scheduler",
+        "prefill and decode each hold the blocks that the other waits for",
+        "lmkv/vllm/yielding.py",
+        "if now_s - self._stuck_s < YIELD_S:",
+        "if self._stuck_s >= 0.0:",
+    ),
+    Mutant(
+        "settled-slots-not-told",
+        "pool",
+        "slots whose return was lost on its way stay out of use as long as their writer lives",
+        "lmkv/pool/access.py",
+        "settled=self.link.settled",
+        "settled=(0, 0)",
+        needs="pool",
+    ),
+)
