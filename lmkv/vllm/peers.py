@@ -28,7 +28,7 @@ from .pal import Engine, Loss, Pal
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 0.1
-DEPARTED_PROBE_S = 1.0
+AGAIN_S = 1.0
 DEPARTED_S = 600.0
 """A peer lost without proof that holds nothing of ours is kept connected for so long."""
 
@@ -136,7 +136,7 @@ class Peers:
             return
         self._engines[card.incarnation] = engine
         for pal in pals:
-            self._pals[pal.peer] = pal
+            self._pals[pal.peer], pal.probe_s = pal, now_s
             self._warm(pal)
         self._tell_if_ready(card.incarnation)
 
@@ -195,7 +195,7 @@ class Peers:
             return True
         if error is not None:
             logger.warning("peer %s: %s", pal.name, error)
-            return True  # a PeerLost follows, or silence ends it
+            return True  # a PeerLost follows, or silence ends it, or it is tried again
         pal.suspected = False
         if not pal.ready:
             pal.ready, pal.heard_s = True, now_s
@@ -306,7 +306,7 @@ class Peers:
     def _watch_departed(self, now_s: float) -> None:
         probing = set(self._warm_ops.values())
         for peer, pal in list(self._departed.items()):
-            if not pal.ended_s and now_s - pal.looked_s >= DEPARTED_PROBE_S:
+            if not pal.ended_s and now_s - pal.looked_s >= AGAIN_S:
                 pal.looked_s = now_s
                 if pal.claimed or has_ended(pal.worker.process):
                     self._note_end(pal, now_s, "the control plane says so" if pal.claimed else "seen on this host")
@@ -318,11 +318,7 @@ class Peers:
             elif now_s - pal.parted_s > DEPARTED_S and not self._holds(peer):
                 del self._departed[peer]
                 self._leave(pal)
-            elif (
-                pal.transport_id in self._by_transport
-                and peer not in probing
-                and now_s - pal.probe_s >= DEPARTED_PROBE_S
-            ):
+            elif pal.transport_id in self._by_transport and peer not in probing and now_s - pal.probe_s >= AGAIN_S:
                 pal.probe_s = now_s
                 self._warm(pal)
 
@@ -377,6 +373,9 @@ class Peers:
                     self._lose(pal, Loss.SILENT, "its process has ended")
                 else:
                     self._warm(pal)
+            elif not pal.ready and now_s - pal.probe_s >= AGAIN_S and pal.peer not in self._warm_ops.values():
+                pal.probe_s = now_s
+                self._warm(pal)
             if pal.peer in self._pals and now_s - pal.beat_s >= self._settings.beat_s:
                 pal.beat_s = now_s
                 held_s = now_s - pal.echo_heard_s if pal.echo_s else 0.0
@@ -385,7 +384,7 @@ class Peers:
     def next_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
         ending = any(pal.ended_s for pal in self._departed.values())
-        departed_s = DRAIN_S / 4 if ending else DEPARTED_PROBE_S if self._departed else 3600.0
+        departed_s = DRAIN_S / 4 if ending else AGAIN_S if self._departed else 3600.0
         if not self._pals:
             return departed_s
         return min(

@@ -32,7 +32,7 @@ from lmkv.transport import (
     open_transport,
 )
 from lmkv.vllm.pal import Loss
-from lmkv.vllm.peers import DEPARTED_PROBE_S, DEPARTED_S, Peers
+from lmkv.vllm.peers import AGAIN_S, DEPARTED_S, Peers
 
 THEM = Incarnation("them")
 PEER = Peer(THEM, Rank(0))
@@ -214,10 +214,10 @@ def test_a_dismissed_peer_is_probed_until_it_is_fenced(bench: Bench) -> None:
     bench.peers.dismiss(THEM, dead=False)
     assert bench.gone == [(PEER, Loss.SILENT)]
     bench.theirs.transport.abort()
-    bench.run(DEPARTED_PROBE_S)
-    bench.run(DEPARTED_PROBE_S)
+    bench.run(AGAIN_S)
+    bench.run(AGAIN_S)
     assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.FENCED)]
-    bench.run(DEPARTED_PROBE_S)
+    bench.run(AGAIN_S)
     assert len(bench.gone) == 2
 
 
@@ -280,11 +280,11 @@ def test_the_end_of_a_process_on_this_host_is_seen(bench: Bench) -> None:
         bench.peers.introduce(bench.introduction, bench.now_s)
         bench.run()
         bench.peers.dismiss(THEM, dead=False)
-        bench.run(DEPARTED_PROBE_S)
-        bench.run(DEPARTED_PROBE_S)
+        bench.run(AGAIN_S)
+        bench.run(AGAIN_S)
         assert bench.gone == [(PEER, Loss.SILENT)], "it runs"
         running.kill()
-    bench.run(DEPARTED_PROBE_S)
+    bench.run(AGAIN_S)
     assert bench.gone == [(PEER, Loss.SILENT)], "what it had sent is given time to drain"
     bench.run(DRAIN_S)
     assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
