@@ -136,12 +136,15 @@ class Nodes:
         fill: Callable[[Bytes], R],
         until_s: float,
         drained: Callable[[], None],
+        bond: int,
     ) -> R | None:
         """`fill` writes a page; returns what it returns. None: the page is not whole at the node; then `drained` is
-        called once nothing more of it can land: at once, or from a later `tick`. So it is if `fill` raises."""
+        called once nothing more of it can land: at once, or from a later `tick`. So it is if `fill` raises. `bond`: the
+        attachment over which the page was reserved."""
         local = node.reach is Reach.LOCAL
         slot = None if local else self._take_slot(until_s)
-        if slot is None and not local:
+        if (slot is None and not local) or node.bond != bond:
+            self._free += [slot] if slot is not None else []
             drained()
             return None
         try:

@@ -234,7 +234,7 @@ class LmkvClient:
         result: StoreResult,
     ) -> Ack | None:
         """What those that are new have reached; None: there are none."""
-        incarnation, asked_s = node.incarnation, time.monotonic()
+        bond, asked_s = node.bond, time.monotonic()
         mine = (self._nodes.incarnation, Rank(0), self.namespace, b"".join(keys))
         (reserved,) = self._nodes.ask(
             [node],
@@ -255,9 +255,9 @@ class LmkvClient:
                 result.refused[slot.refusal.name.lower()] += 1
         until_s = asked_s + min(reserved.lease_s, self._timeout_s)
         try:
-            while left and time.monotonic() < until_s and node.incarnation == incarnation:
+            while left and time.monotonic() < until_s and (node.ready, node.bond) == (True, bond):
                 key, slot, chunk = left.pop(0)
-                sums = self._write(node, key, slot, chunk, kv, until_s)
+                sums = self._write(node, key, slot, chunk, kv, until_s, bond)
                 if sums is None:
                     result.refused["unreachable"] += 1
                 else:
@@ -269,7 +269,7 @@ class LmkvClient:
         return self._commit(node, written, ack, ack_wait_s, result)
 
     def _write(
-        self, node: NodeAccess, key: bytes, slot: pw.Slot, chunk: int, kv: torch.Tensor, until_s: float
+        self, node: NodeAccess, key: bytes, slot: pw.Slot, chunk: int, kv: torch.Tensor, until_s: float, bond: int
     ) -> Sums | None:
         sums = self._nodes.write(
             node,
@@ -277,6 +277,7 @@ class LmkvClient:
             lambda page: self._pages.pack(kv, chunk, page),
             until_s,
             drained=lambda: self._abandon(node, key, slot, drained=True),
+            bond=bond,
         )
         if sums is None:
             self._abandon(node, key, slot, drained=False)  # (if it was not said already that it is)

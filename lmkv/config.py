@@ -42,8 +42,8 @@ class ConnectorSettings(BaseSettings):
     quarantine_s: float = Field(
         600.0,
         gt=0,
-        description="blocks granted to a peer that is lost, neither answers nor is proven dead, are held this long; "
-        "then the data plane is made anew",
+        description="blocks granted to a peer, or staging lent to a pool node, that is lost, neither answers nor is "
+        "proven dead, are held this long; then the data plane is made anew",
     )
     pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
 

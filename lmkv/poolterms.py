@@ -7,8 +7,9 @@ import enum
 import msgspec
 
 from .addresses import Address, NoAddress
+from .errors import WireError
 from .ids import Incarnation, Pointer, Total
-from .wire import PROTOCOL
+from .wire import PROTOCOL, ProcessCard
 
 NAMESPACE_BYTES = 16
 PAGE_KEY_BYTES = 17
@@ -79,6 +80,8 @@ class NodeCard(msgspec.Struct, frozen=True, gc=False, array_like=True):
     protocol: int = PROTOCOL
     prefault: bool = False
     """All of the arena's memory is there from the start."""
+    process: ProcessCard = ProcessCard()
+    """The default names none: its end cannot be proved."""
 
 
 class Slot(msgspec.Struct, frozen=True, gc=False, array_like=True):
@@ -119,3 +122,10 @@ class Holder(msgspec.Struct, frozen=True, gc=False, array_like=True):
     incarnation: Incarnation
     address: Address
     tiers: bytes
+
+
+def split_keys(keys: bytes, size: int = PAGE_KEY_BYTES) -> list[bytes]:
+    """Raises WireError for bytes that are not a whole number of keys."""
+    if len(keys) % size:
+        raise WireError(f"{len(keys)} bytes are no whole number of keys of {size} bytes")
+    return [keys[i : i + size] for i in range(0, len(keys), size)]

@@ -29,7 +29,8 @@ from .poolterms import Page as Page
 from .poolterms import Refusal as Refusal
 from .poolterms import Slot as Slot
 from .poolterms import Tier as Tier
-from .wire import PROTOCOL
+from .poolterms import split_keys as split_keys
+from .wire import PROTOCOL, ProcessCard
 
 
 class _Message(msgspec.Struct, frozen=True, gc=False, array_like=True, tag=True):
@@ -54,6 +55,9 @@ class PoolHello(_Message, frozen=True):
     protocol: int = PROTOCOL
     settled: tuple[int, int] = (0, 0)
     """The sender writes no more to slots that it was given by Reserve questions with tokens in [first, last)."""
+    process: ProcessCard = ProcessCard()
+    fetches: tuple[int, ...] = ()
+    """Tokens of Fetch questions whose end the sender does not know. Of these, none that comes late is served."""
 
 
 class PoolWelcome(_Message, frozen=True):
@@ -62,6 +66,8 @@ class PoolWelcome(_Message, frozen=True):
     token: int
     card: NodeCard
     refused: str = ""
+    writing: tuple[int, ...] | None = None
+    """Those of the `fetches` asked about that are still being written; None: an older node, which does not say."""
 
 
 class Declare(_Message, frozen=True):
@@ -385,10 +391,3 @@ def decode(payload: bytes) -> PoolMessage:
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError) as error:
         text = f"a message of {len(payload)} bytes cannot be read: {explain(error)}"
         raise WireError(text, code="LMKV-W201") from error
-
-
-def split_keys(keys: bytes, size: int = PAGE_KEY_BYTES) -> list[bytes]:
-    """Raises WireError for bytes that are not a whole number of keys."""
-    if len(keys) % size:
-        raise WireError(f"{len(keys)} bytes are no whole number of keys of {size} bytes")
-    return [keys[i : i + size] for i in range(0, len(keys), size)]

@@ -11,6 +11,11 @@ from pathlib import Path
 
 from .wire import ProcessCard
 
+DRAIN_S = 0.25
+REMOTE_DRAIN_S = 150.0
+"""From the proof that a process has ended until nothing of it can land: on this host its sockets' bytes have been read
+by then; on another its kernel may send on what was queued (Linux gives up orphaned sockets after about 100 s)."""
+
 _PROC = Path("/proc")
 
 
@@ -36,6 +41,18 @@ def may_share_host(process: ProcessCard) -> bool:
     """It runs on this host, in whatever container, or it is not known where: it may reach our memory by other ways than
     a connection (CMA, CUDA IPC)."""
     return not process.host or process.host == own_process().host
+
+
+def has_followed(later: ProcessCard, process: ProcessCard) -> bool:
+    """Another process, of the same host, boot and process-id namespace. If it listens where `process` did, that one's
+    sockets are closed."""
+    here = (process.host, process.namespace) == (later.host, later.namespace)
+    return bool(process.host) and here and (process.pid, process.started) != (later.pid, later.started)
+
+
+def drain_s(process: ProcessCard) -> float:
+    """How long what an ended process has sent may still land."""
+    return DRAIN_S if is_neighbour(process) else REMOTE_DRAIN_S
 
 
 def has_ended(process: ProcessCard) -> bool:

@@ -1,6 +1,6 @@
 """tcp://: our own data channel over sockets, for hosts without NIXL; needs nothing that is not installed.
 
-    tcp://[host[:port]]?advertise=host
+    tcp://[host[:port]]?advertise=host&give_up_s=20
 
 Listens on `host` (127.0.0.1) and `port` (0: any free one). Where `host` is a wildcard, `advertise` says by which
 address peers reach this one. IPv6 addresses go in brackets.
@@ -9,7 +9,9 @@ Payloads go from the writer's memory to the socket and from the socket to their 
 must have been given the export (its token) to connect; nothing is encrypted, so keep it inside a private network.
 
 Unlike NIXL, closing a connection fences it: after PeerLost or abort nothing more lands. A peer whose *host* is cut off
-is given up after about 90 s without any answer to keepalive probes.
+or without power is lost after `give_up_s` without an answer of its kernel, whether something was in flight or not; and
+one that has read nothing for so long of what was sent to it. Each side gives up its own channels, and with them what
+the other sends.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from urllib.parse import urlsplit
 
 from lmkv.errors import ConfigError, ConnectError
 
-from .common import parse_options
+from .common import int_option, parse_options
 from .framed import Channel, ChannelClosed, Conduit, FramedTransport, Location
 
 _log = logging.getLogger(__name__)
@@ -35,9 +37,8 @@ _BACKLOG = 128
 _ACCEPTS_A_POLL = 64
 _ACCEPT_PAUSE_S = 1.0
 _EVENTS_A_POLL = 256
-_KEEPALIVE_IDLE_S = 30
-_KEEPALIVE_INTERVAL_S = 10
-_KEEPALIVE_PROBES = 6
+_GIVE_UP_S = 20
+"""Longer than leases and signs of life: who is only silent is found by those first, and may come back."""
 _SYN_RETRIES = 3
 """About 15 s until an address that never answers is given up."""
 
@@ -45,15 +46,17 @@ _NOT_NOW = frozenset({errno.EAGAIN, errno.EINPROGRESS, errno.EALREADY, errno.EIN
 
 
 class TcpChannel(Channel):
-    """A non-blocking stream socket, possibly still connecting. Owns the socket."""
+    """A non-blocking stream socket, possibly still connecting. Owns the socket, which breaks when the other kernel has
+    not answered for `give_up_s`: probes tell where nothing is in flight, the user timeout where something is."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, give_up_s: int = _GIVE_UP_S) -> None:
+        pause_s = max(1, give_up_s // 4)
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_INTERVAL_S)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _KEEPALIVE_PROBES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, pause_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, pause_s)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, give_up_s * 1000)
         self.socket = sock
 
     def send(self, buffers: Sequence[memoryview]) -> int:
@@ -92,7 +95,8 @@ class TcpTransport(FramedTransport):
         """Raises ConfigError (address or option), ConnectError (cannot listen there)."""
         super().__init__(name)
         options = options or {}
-        parse_options(self.scheme, "", options, ("advertise",))
+        parse_options(self.scheme, "", options, ("advertise", "give_up_s"))
+        self._give_up_s = int_option(self.scheme, options, "give_up_s", _GIVE_UP_S, 2, 3600)
         host, port = _host_and_port(netloc)
         self._listener = _listen(host or "127.0.0.1", port)
         bound_host, self.port = self._listener.getsockname()[:2]
@@ -134,7 +138,7 @@ class TcpTransport(FramedTransport):
             if sock is not None:
                 sock.close()
             raise ConnectError(f"{host}:{port} cannot be reached: {_text(error)}", hint="is that engine up?") from error
-        return TcpChannel(sock)
+        return TcpChannel(sock, self._give_up_s)
 
     # --- readiness ---
 
@@ -164,7 +168,7 @@ class TcpTransport(FramedTransport):
                 self._epoll.modify(self._listener.fileno(), 0)
                 self._accept_again_s = monotonic() + _ACCEPT_PAUSE_S
                 return
-            self._accepted(TcpChannel(sock), f"{address[0]}:{address[1]}")
+            self._accepted(TcpChannel(sock, self._give_up_s), f"{address[0]}:{address[1]}")
 
     def _attached(self, conduit: Conduit) -> None:
         fd = _fd(conduit)

@@ -2,7 +2,8 @@
 
 The thread that owns the link (and the transport) calls everything here. An access that has lost its node tries on for
 ever. A node that was only silent is the same one when it is heard again: slots and pins of it are as good as their
-leases. A node that has restarted is another one (other incarnation), and all that was asked of the old one is void.
+leases. A node that has restarted is another one (other incarnation), and all that was asked of the old one is void. A
+lost connection, or a node that has restarted, is no proof that nothing of the old one lands here: see `Fetching`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 
 import numpy as np
@@ -21,10 +22,13 @@ from numpy.typing import NDArray
 from lmkv import poolwire as pw
 from lmkv.control.host import Connection
 from lmkv.control.runtime import THREADS, Runtime
-from lmkv.errors import PeerLostError, PoolError, StateError, TransportError
+from lmkv.errors import PoolError, StateError, TransportError
 from lmkv.ids import Incarnation, Rank
+from lmkv.process import own_process
 from lmkv.transport import Extents, OpId, PeerId, Transport
+from lmkv.wire import ProcessCard
 
+from .fetching import Fetching
 from .link import Link
 from .memory import ArenaMemory, attach
 
@@ -38,9 +42,6 @@ ASK_S = 2.0
 MOST_NAMESPACES = 1024
 """Descriptions that a node is told again when it has restarted, the latest. They are for people who look."""
 
-
-_ACCESSES = 4096
-"""Fetches of so many nodes are told apart by their numbers."""
 _numbers = itertools.count()
 
 
@@ -67,6 +68,7 @@ class Me:
     transport: Transport | None = None
     scratch: Extents | None = None
     runtime: Runtime = THREADS
+    process: ProcessCard = field(default_factory=own_process)
 
 
 class NodeAccess:
@@ -85,6 +87,8 @@ class NodeAccess:
         self.card: pw.NodeCard | None = None
         self.reach = Reach.SEEKING
         self.memory: ArenaMemory | None = None
+        self.bond = 0
+        """Counts attachments. What the node has lent to one is void in the next, unless the node says otherwise."""
         self._me = me
         self._changed = changed
         self._map_arena = map_arena
@@ -93,6 +97,8 @@ class NodeAccess:
         self._connection: Connection | None = None
         self._peer: PeerId | None = None
         self._export = b""
+        self._left: dict[PeerId, bytes] = {}
+        """Connections to nodes that were lost otherwise, with the nodes' exports."""
         self._warming: dict[OpId, PeerId] = {}
         self._before = Reach.SEEKING
         """How far we were when the node fell silent."""
@@ -101,10 +107,9 @@ class NodeAccess:
         self._told = Incarnation("")
         """The node that knows all our namespaces."""
         self._heard_s = float("-inf")
-        self._number = next(_numbers) % _ACCESSES
-        self._fetches = 0
-        self._fetching: dict[OpId, None] = {}
-        self._fetched: list[tuple[OpId, TransportError | None]] = []
+        self._answering = Incarnation("")
+        """The node that has answered last."""
+        self.fetching = Fetching(self.link, (me.incarnation, me.rank), next(_numbers))
         self._beat_s = float("-inf")
         self._tick_s = float("-inf")
         self._complaint = ""
@@ -145,6 +150,8 @@ class NodeAccess:
             self._lose("it has ended")
         elif self.ready and now_s - self._heard_s > LOST_S:
             self._silent(now_s - self._heard_s)
+        self.fetching.tick(now_s)
+        self._let_go()
         if now_s - self._beat_s >= BEAT_S:
             self._beat_s = now_s
             self._hello(now_s)
@@ -159,24 +166,33 @@ class NodeAccess:
             scratch = (int(me.scratch.table[0, 0]), me.scratch.total_bytes)
         known = self.card is not None and self._told == self.card.incarnation
         spaces = () if known else tuple(self._namespaces.items())
+        fetches = self.fetching.doubtful(self._answering, now_s)
         self.link.ask(
             lambda token: pw.PoolHello(
-                token, me.incarnation, me.rank, me.name, self._export, *scratch, spaces, settled=self.link.settled
+                token, me.incarnation, me.rank, me.name, self._export, *scratch, spaces,
+                settled=self.link.settled, process=me.process, fetches=fetches,
             ),
             pw.PoolWelcome,
-            lambda answer: self._welcome(answer, now_s, len(spaces)),
+            lambda answer: self._welcome(answer, now_s, len(spaces), fetches),
             now_s + ASK_S,
-        )
+        )  # fmt: skip
 
-    def _welcome(self, answer: pw.PoolWelcome | None, now_s: float, told: int) -> None:
+    def _welcome(self, answer: pw.PoolWelcome | None, now_s: float, told: int, fetches: tuple[int, ...]) -> None:
         if answer is None:
             return
+        self._answering = answer.card.incarnation
+        self.fetching.heard(answer, fetches, max(self._tick_s, now_s))
         self._heard_s = max(self._heard_s, now_s)
         if answer.refused:
             self._complain(answer.refused)
             return
         if self.card is not None and answer.card.incarnation != self.card.incarnation:
             self._lose("another node is at its address")
+        elif self.card is not None and answer.card.export != self.card.export:
+            if self._peer is not None:
+                self._lose("its data plane was made anew")
+            else:
+                self.card = answer.card
         if answer.card.incarnation != self._lender:
             self._lender = answer.card.incarnation
             self.link.void_slots()
@@ -211,7 +227,7 @@ class NodeAccess:
             self.card = None  # with the next beat again
             return
         try:
-            self._peer = me.transport.connect(card.export)
+            self._peer = self._connect(me.transport, card.export)
         except TransportError as error:
             self._complain(str(error))
             self.card = None
@@ -219,6 +235,14 @@ class NodeAccess:
         self._export = me.transport.export()
         self.reach = Reach.WARMING
         self._hello(now_s)  # now with our export
+
+    def _connect(self, transport: Transport, export: bytes) -> PeerId:
+        """Raises TransportError."""
+        peer = next((peer for peer, other in self._left.items() if other == export), None)
+        if peer is None:
+            return transport.connect(export)
+        del self._left[peer]
+        return peer
 
     def _complain(self, why: str) -> None:
         """Once, not with every beat."""
@@ -252,12 +276,23 @@ class NodeAccess:
         return True
 
     def peer_lost(self, peer: PeerId, reason: str) -> bool:
-        """True: it was this node."""
-        if peer != self._peer:
+        """True: it was this node. Our connection to it has ended."""
+        is_ours = peer == self._peer
+        if not is_ours and peer not in self._left:
             return False
-        self._peer = None
-        self._lose(reason)
+        self._left.pop(peer, None)
+        if self._me.transport is not None and self._me.transport.capabilities.loss_is_fence:
+            self.fetching.fenced(peer)
+        if is_ours:
+            self._peer = None
+            self._lose(reason)
         return True
+
+    def replaced(self) -> None:
+        """Our data plane is another one, with no connections; `peer_lost` was told of those it had."""
+        self._left.clear()
+        self._warming = dict.fromkeys(self._warming, PeerId(""))  # of the old one: no reason to wait
+        self.fetching.replaced()
 
     def _become(self, reach: Reach) -> None:
         self.reach, self._before, self._complaint = reach, Reach.SEEKING, ""
@@ -295,20 +330,27 @@ class NodeAccess:
             self._changed()
 
     def _detach(self) -> None:
-        # Another node, or none: what the old one was writing has ended with it.
-        self._fetched += [(op, PeerLostError("the pool node is lost")) for op in self._fetching]
-        self._fetching.clear()
+        self.fetching.node_lost()
+        self.bond += 1
+        if self._peer is not None and self.card is not None:
+            self._left[self._peer] = self.card.export
+        self._peer = None
         self.card, self.memory, self._export = None, None, b""
         self.reach = self._before = Reach.SEEKING
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._peer is not None and self._me.transport is not None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of connections that were left. One by which something may still land is kept: its end is a proof."""
+        for peer in [peer for peer in self._left if not self.fetching.is_lent_to(peer)]:
+            assert self._me.transport is not None
             try:
-                self._me.transport.disconnect(self._peer)
-            except TransportError as error:  # operations to it are still to end
-                logger.debug("still connected to %s: %s", self._peer, error)
-        self._peer = None
+                self._me.transport.disconnect(peer)
+            except TransportError:
+                continue  # operations to it are still to end, or its loss is about to be told
+            del self._left[peer]
 
     def close(self) -> None:
         """What is mapped is not to be used any more: the node takes us for dead."""
@@ -340,33 +382,12 @@ class NodeAccess:
     def fetch(
         self, lease: int, namespace: bytes, keys: Sequence[bytes], share: tuple[int, int], local: Extents
     ) -> OpId:
-        """Have the node write bytes [first, first + size) of these page keys' pages into `local`, one row a page. The
-        end is told by `take_fetched`, under the number returned (below zero: it is no operation of the transport);
-        until then the node may write there."""
-        me, (first, size) = self._me, share
-        self._fetches += 1
-        op = OpId(-self._fetches * _ACCESSES - self._number)
-        addresses = tuple(int(row) for row in local.table[:, 0])
-        self._fetching[op] = None
-
-        def fetched(answer: pw.Fetched | None) -> None:
-            if answer is not None and op in self._fetching:  # no answer proves nothing
-                del self._fetching[op]
-                self._fetched.append((op, TransportError(answer.error) if answer.error else None))
-
-        joined = b"".join(keys)
-        self.link.ask(
-            lambda token: pw.Fetch(token, me.incarnation, me.rank, lease, namespace, joined, first, size, addresses),
-            pw.Fetched,
-            fetched,
-            float("inf"),
-        )
-        return op
-
-    def take_fetched(self) -> list[tuple[OpId, TransportError | None]]:
-        """Fetches that have ended: the node writes no more of them, or is no more."""
-        fetched, self._fetched = self._fetched, []
-        return fetched
+        """Have the node write bytes [first, first + size) (`share`) of these page keys' pages into `local`, one row a
+        page. The end is told by `fetching.take`, under the number returned (below zero: it is no operation of the
+        transport); until then the node may write there. Raises StateError."""
+        _, peer = self._data_plane()
+        assert self.card is not None
+        return self.fetching.ask(self.card, peer, lease, namespace, keys, share, local, self._tick_s)
 
     def _data_plane(self) -> tuple[Transport, PeerId]:
         if self._me.transport is None or self._peer is None or self.card is None:

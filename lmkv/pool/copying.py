@@ -200,6 +200,11 @@ class Copying:
     def peer_lost(self, peer: PeerId, reason: str) -> bool:
         return any(access.peer_lost(peer, reason) for access in self._accesses.values())
 
+    def replaced(self) -> None:
+        """The node's data plane is another one."""
+        for access in self._accesses.values():
+            access.replaced()
+
     def _commit(self, job: _Job, some: list[tuple[bytes, pw.Slot, pw.Page]], now_s: float) -> None:
         for key, slot, page in reversed(some):
             why = self._index.commit(self._writer, key, slot.generation, 0, page.checksums, now_s)

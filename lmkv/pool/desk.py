@@ -127,7 +127,9 @@ class Desk:
             self._index.settle((message.incarnation, message.rank), *message.settled)
             for namespace, description in message.namespaces:
                 self._declare(namespace, description)
-        self._send(identity, pw.PoolWelcome(message.token, self.card, refused))
+        # Whoever it is: what is not being written is not written later.
+        writing = self._pushing.recall(message.incarnation, message.rank, message.fetches)
+        self._send(identity, pw.PoolWelcome(message.token, self.card, refused, writing))
 
     def _declare(self, namespace: bytes, description: str) -> None:
         if namespace in self.namespaces:

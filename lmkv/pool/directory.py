@@ -119,7 +119,8 @@ class Directory:
         self._listed[index] = told
         # Of several controllers, another may still see a node that this one does not.
         for address in self._accesses.keys() - self._fixed.union(*self._listed):
-            if not self._accesses[address].ready:
+            access = self._accesses[address]
+            if not access.ready and not len(access.fetching):
                 self._accesses.pop(address).close()
                 self.fds_changed = True
         for address in sorted(told - self._accesses.keys()):
@@ -149,7 +150,18 @@ class Directory:
 
     def take_fetched(self) -> list[tuple[OpId, TransportError | None]]:
         """Of all nodes: see `NodeAccess.fetch`."""
-        return [ended for access in self._accesses.values() for ended in access.take_fetched()]
+        return [ended for access in self._accesses.values() for ended in access.fetching.take()]
+
+    def take_lost(self) -> list[OpId]:
+        """Fetches whose nodes are lost: see `Fetching.take_lost`."""
+        return [op for access in self._accesses.values() for op in access.fetching.take_lost()]
+
+    def overdue(self, now_s: float, limit_s: float) -> list[str]:
+        return [name for access in self._accesses.values() for name in access.fetching.overdue(now_s, limit_s)]
+
+    def replaced(self) -> None:
+        for access in self._accesses.values():
+            access.replaced()
 
     def peer_lost(self, peer: PeerId, reason: str) -> bool:
         return any(access.peer_lost(peer, reason) for access in self._accesses.values())

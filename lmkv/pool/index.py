@@ -78,6 +78,10 @@ class PoolIndex:
     def reserved(self) -> int:
         return len(self._reserved)
 
+    def may_be_written(self, writer: Writer) -> bool:
+        """The writer may still write to a slot, of a page that is reserved or in quarantine."""
+        return any(writer in entry.writing for slots in (self._reserved, self._quarantine) for entry in slots.values())
+
     def take_events(self) -> list[tuple[bytes, Tier]]:
         """(object key, tiers that hold it now) in order, since the last call."""
         events, self._events = self._events, []

@@ -92,6 +92,10 @@ class Link:
         if not self.tell(message):
             self._open[token].until_s = 0.0
 
+    def forget(self, token: int) -> None:
+        """The question is answered otherwise; its answer is late from now on."""
+        self._open.pop(token, None)
+
     def tell(self, message: pw.PoolMessage) -> bool:
         """One-way. False: the queue is full."""
         if isinstance(message, pw.Abandon) and message.drained:

@@ -8,22 +8,22 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import socket
 import threading
 from collections.abc import Callable, Sequence
 
+import msgspec
 import zmq
 
 from lmkv import poolwire as pw
-from lmkv.addresses import join_address, split_address
 from lmkv.control.etcd import EtcdMembership
 from lmkv.control.guard import Guard
 from lmkv.control.host import Connection, Offer
+from lmkv.control.replacing import Replacing
 from lmkv.control.runtime import START_S, THREADS, Runtime
 from lmkv.control.wake import has_mail
-from lmkv.errors import ConfigError, WireError
+from lmkv.errors import TransportError, WireError
 from lmkv.ids import Incarnation, Rank, make_incarnation
-from lmkv.transport import Completion, Event, PeerLost, Region, Transport
+from lmkv.transport import Completion, Event, OpId, PeerLost, Region, Transport
 
 from .arena import Arena
 from .clients import Clients
@@ -32,6 +32,7 @@ from .desk import Desk
 from .index import PoolIndex, Writer
 from .leases import Leases
 from .memory import ArenaMemory
+from .opening import bind, card_of
 from .policy import make_policy
 from .publisher import Publisher
 from .pushing import Pushing
@@ -48,7 +49,6 @@ PACE_S = 0.00001
 REMOTE_S = 0.005
 """And so often while its clients do nothing."""
 MOST_LETTERS = 512
-MOST_MESSAGE_BYTES = 16 << 20
 
 OpenTiers = Callable[[Callable[[pw.Tier, list[bytes]], None]], list[TierSettings]]
 """Gets what a tier calls when it gives pages up."""
@@ -95,13 +95,16 @@ class PoolNode:
         counters = self._index.counters
         self._context = self._runtime.context()
         self._ending.callback(self._context.destroy, linger=200)
-        self._router, host = self._bind()
+        self._router, host, port = bind(self._context, settings.listen)
         self._publisher = Publisher(self._context, host, settings.advertise, self._index)
         self._publisher.beat_to(settings.controller)
         self._sharers: dict[Connection, Writer] = {}
         self._offer, share = self._open_share()
         self._transport = self._open_data_plane()
-        self._clients = Clients(self._transport, max(10 * settings.beat_s, 5.0), self._client_dead)
+        silent_s = max(10 * settings.beat_s, 5.0)
+        self._clients = Clients(
+            self._transport, silent_s, self._client_gone, self._index.may_be_written, settings.quarantine_s
+        )
         self._tiering: Tiering | None = None  # a tier may evict while it opens
         opened, wake = tiers(self._evicted), self._runner.wake
         self._tiering = Tiering(self._index, self._memory, opened, counters, wake, self._runtime)
@@ -123,7 +126,10 @@ class PoolNode:
         self._pushing = Pushing(self._index, self._memory, self._transport, counters)
         self._replicas = Replicas(self._context, settings.replicas, self._runtime)
         self._ending.callback(self._replicas.close)
-        self.card = self._card(host, share)
+        identity, events = self._runtime.host.identity(), self._publisher.address
+        self.card = card_of(
+            settings, self._incarnation, host, port, events, self._transport, self._memory, share, identity
+        )
         self._desk = Desk(
             self.card,
             self._index,
@@ -138,46 +144,12 @@ class PoolNode:
             self._replicas,
             self._pushing,
         )
+        self._replacing = self._open_replacing()
         self._etcd = EtcdMembership(settings.etcd, settings.etcd_prefix) if settings.etcd else None
         if self._etcd is not None:
             self._ending.callback(self._etcd.withdraw)
 
-    def _card(self, host: str, share: str) -> pw.NodeCard:
-        settings = self._settings
-        _, port = split_address(self._router.getsockopt_string(zmq.LAST_ENDPOINT), listen=True)
-        return pw.NodeCard(
-            settings.name or f"pool-{socket.gethostname()}-{port}",
-            self._incarnation,
-            join_address(settings.advertise or host, port),
-            self._publisher.address,
-            settings.transport.split(":")[0] if self._transport else "",
-            self._transport.export() if self._transport else b"",
-            self._memory.address,
-            self._memory.capacity_bytes,
-            share,
-            self._runtime.host.identity(),
-            prefault=settings.prefault,
-        )
-
     # --- opening ---
-
-    def _bind(self) -> tuple[zmq.Socket[bytes], str]:
-        host, port = split_address(self._settings.listen, listen=True)
-        router = self._context.socket(zmq.ROUTER)
-        router.setsockopt(zmq.LINGER, 200)
-        router.setsockopt(zmq.IPV6, 1)
-        router.setsockopt(zmq.RCVHWM, 16384)
-        router.setsockopt(zmq.SNDHWM, 16384)
-        router.setsockopt(zmq.MAXMSGSIZE, MOST_MESSAGE_BYTES)
-        try:
-            router.bind(join_address(host, port or "*"))
-        except zmq.ZMQError as error:
-            router.close()
-            raise ConfigError(
-                f"cannot listen on {self._settings.listen}: {error}",
-                hint="stop what uses it, or choose another --listen",
-            ) from error
-        return router, host
 
     def _open_data_plane(self) -> Transport | None:
         if self._settings.transport == "none":
@@ -187,6 +159,17 @@ class PoolNode:
         data = self._memory.data
         transport.register(Region(self._memory.address, self._memory.capacity_bytes, owner=data))
         return transport
+
+    def _open_replacing(self) -> Replacing | None:
+        if self._transport is None:
+            return None
+        return Replacing(
+            self._transport,
+            [self._clients],
+            lambda: f"lmkv-pool-{self._incarnation}-{self._runtime.entropy(4).hex()}",
+            self._copying.peer_lost,
+            self._completed,
+        )
 
     def _open_share(self) -> tuple[Offer | None, str]:
         if self._settings.share == "none":
@@ -290,6 +273,7 @@ class PoolNode:
         self._index.expire(now_s)
         self._leases.expire(now_s)
         self._clients.tick(now_s)
+        self._replace_data_plane(now_s)
 
     def _beat(self, leaving: bool = False) -> pw.NodeBeat:
         arena = self._index.used_bytes
@@ -363,12 +347,25 @@ class PoolNode:
         match event:
             case Completion(op, error):
                 transport.release(op)
-                ours = self._pushing.completed(op, error) or self._copying.completed(op, error, now_s)
-                if not ours:
-                    self._clients.completed(op, error)
+                self._completed(op, error, now_s)
             case PeerLost(peer, reason):
                 self._copying.peer_lost(peer, reason)
                 self._clients.lost(peer, reason)
+
+    def _completed(self, op: OpId, error: TransportError | None, now_s: float) -> None:
+        if not (self._pushing.completed(op, error) or self._copying.completed(op, error, now_s)):
+            self._clients.completed(op, error)
+
+    def _replace_data_plane(self, now_s: float) -> None:
+        """If a client has kept slots in quarantine for too long. All others learn of it with their next hello."""
+        if self._transport is None or self._replacing is None:
+            return
+        name = self._transport.name
+        self._replacing.tick(now_s)
+        if self._transport.name != name:
+            self._index.counters["data_plane:replaced"] += 1
+            self._copying.replaced()
+            self.card = self._desk.card = msgspec.structs.replace(self.card, export=self._transport.export())
 
     def _joined(self, connection: Connection, told: bytes) -> None:
         """Raises ValueError, KeyError or TypeError for what nobody of ours says."""
@@ -380,9 +377,10 @@ class PoolNode:
     def _left(self, connection: Connection) -> None:
         self._clients.share_ended(self._sharers.pop(connection), connection)
 
-    def _client_dead(self, writer: Writer) -> None:
+    def _client_gone(self, writer: Writer, is_dead: bool) -> None:
         self._index.writer_dead(*writer)
-        self._leases.reader_gone(writer)
+        if is_dead:
+            self._leases.reader_gone(writer)
 
     def _evicted(self, tier: pw.Tier, keys: list[bytes]) -> None:
         if self._tiering is not None:

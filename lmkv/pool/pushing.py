@@ -5,12 +5,13 @@ The node's thread only. What is asked for is answered once, when nothing of it w
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lmkv import poolwire as pw
 from lmkv.errors import LmkvError
+from lmkv.ids import Incarnation, Rank
 from lmkv.poolwire import Tier
 from lmkv.transport import Extents, OpId, PeerId, Transport
 
@@ -19,12 +20,18 @@ from .index import PoolIndex
 from .memory import ArenaMemory
 
 MOST_FLYING = 4096
+MOST_VOID = 65536
+"""Questions that are remembered not to be served. Those that come late come within seconds."""
 Answer = Callable[[pw.Fetched], None]
+
+
+Name = tuple[Incarnation, Rank, int]
+"""Of a question: who has asked, and its token."""
 
 
 @dataclass(slots=True)
 class _Push:
-    token: int
+    name: Name
     entries: list[Entry]
     answer: Answer
 
@@ -40,6 +47,7 @@ class Pushing:
         self._transport = transport
         self._counters = counters
         self._pushes: dict[OpId, _Push] = {}
+        self._void: OrderedDict[Name, None] = OrderedDict()
 
     def take(
         self, question: pw.Fetch, keys: list[bytes], held: list[Entry], peer: PeerId | None, answer: Answer
@@ -63,11 +71,13 @@ class Pushing:
         for entry in entries:
             self._index.hold(entry)
         self._counters["fetch:pages"] += len(entries)
-        self._pushes[op] = _Push(question.token, entries, answer)
+        self._pushes[op] = _Push((question.incarnation, question.rank, question.token), entries, answer)
 
     def _refusal(self, question: pw.Fetch, keys: list[bytes], entries: list[Entry], peer: PeerId | None) -> str:
         if self._transport is None or peer is None:
             return "there is no data plane between us"
+        if (question.incarnation, question.rank, question.token) in self._void:
+            return "the asker has given it up"
         if len(self._pushes) >= MOST_FLYING:
             return "too much is being written"
         if len(entries) != len(keys) or any(Tier.DRAM not in entry.tiers for entry in entries):
@@ -85,5 +95,16 @@ class Pushing:
             return False
         for entry in push.entries:
             self._index.release(entry)
-        push.answer(pw.Fetched(push.token, str(error) if error is not None else ""))
+        push.answer(pw.Fetched(push.name[2], str(error) if error is not None else ""))
         return True
+
+    def recall(self, incarnation: Incarnation, rank: Rank, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of these Fetch questions that are still being written. The others are over: one that comes late (over a
+        connection that was lost) is not served, since the asker uses the memory for something else."""
+        writing = {push.name for push in self._pushes.values()}
+        flying = tuple(token for token in tokens if (incarnation, rank, token) in writing)
+        for token in set(tokens).difference(flying):
+            self._void[incarnation, rank, token] = None
+        while len(self._void) > MOST_VOID:
+            self._void.popitem(last=False)
+        return flying

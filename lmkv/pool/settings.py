@@ -47,6 +47,12 @@ class NodeSettings(CommandSettings):
     transport: str = Field("nixl://", description="data plane for other hosts; none: this host only")
     policy: Literal["s3fifo", "lru"] = Field("lru", description="what is evicted first")
     write_lease_s: float = Field(30.0, gt=0, description="a reserved slot has to be written within this time")
+    quarantine_s: float = Field(
+        600.0,
+        gt=0,
+        description="slots of a client of another host that is lost, neither answers nor is proven dead, are held this "
+        "long; then the data plane is made anew",
+    )
     pin_share: float = Field(0.5, gt=0, le=0.9, description="at most this part of the arena may be pinned")
     most_lease_s: float = Field(60.0, gt=0, description="longest lease of a pin")
 

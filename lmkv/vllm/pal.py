@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from lmkv import wire
+from lmkv.process import DRAIN_S
 from lmkv.transfer.events import Peer
 from lmkv.transport import PeerId
 
 from .meeting import Meeting
-
-DRAIN_S = 0.25
-REMOTE_DRAIN_S = 150.0
-"""From the proof that a process has ended until nothing of it can land: on this host its sockets' bytes have been read
-by then; on another its kernel may send on what was queued (Linux gives up orphaned sockets after about 100 s)."""
 
 
 class Loss(Enum):

@@ -18,12 +18,12 @@ from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
 from lmkv.errors import ConnectError, LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
-from lmkv.process import has_ended, is_neighbour, may_share_host
+from lmkv.process import DRAIN_S, drain_s, has_ended, has_followed, may_share_host
 from lmkv.transfer.events import Peer
 from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
 
 from .meeting import Meeting, meeting
-from .pal import DRAIN_S, REMOTE_DRAIN_S, Engine, Loss, Pal
+from .pal import Engine, Loss, Pal
 
 logger = logging.getLogger(__name__)
 
@@ -298,16 +298,13 @@ class Peers:
             if pal.engine.card.address != card.address or pal.peer.incarnation == card.incarnation or not old.host:
                 continue
             for worker in card.workers:
-                new = worker.process
-                here = (old.host, old.namespace, pal.worker.address) == (new.host, new.namespace, worker.address)
-                if here and (old.pid, old.started) != (new.pid, new.started):
+                if pal.worker.address == worker.address and has_followed(worker.process, old):
                     self._note_end(pal, now_s, "another process has its address")
 
     def _note_end(self, pal: Pal, now_s: float, how: str) -> None:
         """Its process has ended; `gone` is told when nothing of it is on its way any more."""
         if not pal.ended_s:
-            near = is_neighbour(pal.worker.process)
-            pal.ended_s, pal.drain_s = now_s, DRAIN_S if near else REMOTE_DRAIN_S
+            pal.ended_s, pal.drain_s = now_s, drain_s(pal.worker.process)
             logger.info("peer %s (incarnation %s) has ended: %s", pal.name, pal.peer.incarnation, how)
 
     def _watch_departed(self, now_s: float) -> None:

@@ -16,6 +16,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.guard import Guard
 from lmkv.control.mailbox import Inbox, Outbox
+from lmkv.control.replacing import Replacing
 from lmkv.control.runtime import THREADS, Runtime
 from lmkv.control.wake import has_mail
 from lmkv.errors import TransportError, WireError
@@ -50,7 +51,6 @@ from .pal import Loss
 from .peers import Peers
 from .pooled.rank import PoolRank
 from .receiving import Receiving
-from .replacing import Replacing
 from .results_box import ResultsBox
 from .sending import Sending
 
@@ -99,7 +99,7 @@ class WorkerLoop:
         self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
         replacing = Replacing(
             transport,
-            self._peers,
+            [self._peers, *([pool] if pool is not None else [])],
             lambda: f"lmkv-{rank}-{runtime.entropy(8).hex()}",
             pool.peer_lost if pool is not None else lambda peer, reason: None,
             self._completed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lmkv.poolwire import Refusal
-from tests.pool.bed import PAGE, PAGES, ROOT, NodeProcess, User, using
+from lmkv.wire import ProcessCard
+from tests.pool.bed import PAGE, PAGES, ROOT, NodeProcess, NodeThread, User, using
 
 PLANES = ("", "tcp://127.0.0.1", "nixl://?progress=event")
 LEASE_S = 0.5
@@ -122,6 +124,50 @@ def test_pins_of_a_dead_reader_end(victim: Victim, user: User) -> None:
     started_s = time.monotonic()
     user.until_stats(lambda s: s["leases"] == 0, timeout_s=20)
     assert time.monotonic() - started_s < 20, "long before the lease's minute"
+
+
+def test_a_client_that_only_lost_its_connection_keeps_its_slots(tmp_path: Path) -> None:
+    """Over NIXL. It lives, and says itself when nothing of it can land any more."""
+    node = NodeProcess(tmp_path, transport=PLANES[2], env={"LMKV_POOL_WRITE_LEASE_S": str(LEASE_S)})
+    user = User(node.address)
+    victim = Victim(node.address, PLANES[2])
+    with using(victim, node, user):
+        victim.call("reserve 1 2")
+        assert victim.call("cut") == "done"
+        lost = user.until_stats(lambda s: "data plane" not in s["clients"].values(), timeout_s=30)
+        assert "lost" in lost["clients"].values()
+        user.pump_for(2.0)
+        stats = user.stats()
+        assert stats["quarantined_bytes"] == stats["used_bytes"] == 2 * PAGE
+        assert victim.call("go on") == "done"
+        victim.call("abandon")
+        user.until_stats(lambda s: s["used_bytes"] == 0)
+        assert victim.call("store 7 8") == "done", "it is connected anew"
+        assert user.load(7, 8) == 2
+
+
+@pytest.mark.parametrize("reader", PLANES[::2], ids=["mapped", "nixl"])
+def test_slots_of_a_silent_client_of_another_host_are_fenced_by_a_new_data_plane(tmp_path: Path, reader: str) -> None:
+    """It comes back, and what it had been given is void. The others connect anew."""
+    node = NodeThread(tmp_path, transport=PLANES[2], write_lease_s=LEASE_S, quarantine_s=1.5)
+    far, user = User(node.address, url=PLANES[2], attach=False), User(node.address, url=reader)
+    me = far.access._me
+    far.access._me = dataclasses.replace(me, process=ProcessCard("another host", "pid:[1]", 7, 7))
+    with using(node, far, user):
+        user.store(3)
+        far.attach()
+        slots = far.reserve([1, 2])
+        held = 3 * PAGE
+        user.until_stats(lambda s: s["quarantined_bytes"] == 2 * PAGE and s["used_bytes"] == held)
+        stats = user.until_stats(lambda s: s["used_bytes"] == PAGE)
+        assert stats["counters"]["data_plane:replaced"] == 1 and node.node.card.export != node.card.export
+        for client in (far, user) if reader else (far,):
+            client.pump(lambda: client.access.bond > 0 and client.access.ready, 20.0)  # noqa: B023
+        assert set(far.commit([1, 2], slots).refusals) == {Refusal.STALE}
+        user.store(4)
+        far.store(5)
+        assert user.load(3, 4, 5) == far.load(3, 4, 5) == 3
+        assert user.stats()["counters"]["data_plane:replaced"] == 1
 
 
 def test_a_second_attachment_of_a_living_client_is_not_its_death(tmp_path: Path) -> None:

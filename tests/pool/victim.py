@@ -1,10 +1,12 @@
 """A client in a process of its own, to be stopped and killed.
 
-Arguments: ADDRESS URL. Commands: `reserve N`, `abandon`, `commit`, `pin` on stdin."""
+Arguments: ADDRESS URL. Commands: `reserve N`, `abandon`, `commit`, `pin`, `store N`, `cut`
+(its connections; it does nothing until the next line) on stdin."""
 
 from __future__ import annotations
 
 import json
+import os
 import select
 import sys
 
@@ -33,6 +35,18 @@ def main() -> None:
                 print(json.dumps([why.name for why in user.commit(numbers, slots).refusals]), flush=True)
             case "pin":
                 print(len(user.pin(numbers, lease_s=60.0).pages), flush=True)
+            case "store":
+                user.store(*numbers)
+                print("done", flush=True)
+            case "cut":
+                assert user.transport is not None
+                _, peers = user.transport.replace(f"victim-{os.urandom(4).hex()}")
+                print("done", flush=True)
+                sys.stdin.readline()
+                for peer in peers:
+                    user.access.peer_lost(peer, "for a test")
+                user.access.replaced()
+                print("done", flush=True)
             case _:
                 return
 

@@ -14,6 +14,7 @@ from lmkv.errors import ConfigError, ConnectError, ExtentError, PeerLostError
 from lmkv.transport import open_transport
 from lmkv.transport.framed import frames
 from lmkv.transport.framed.frames import Frame, Greeting, Kind, Status
+from lmkv.transport.tcp import TcpTransport
 
 MIB = 1 << 20
 
@@ -42,6 +43,28 @@ def raw(made: list[Node | RawPeer]) -> Callable[..., RawPeer]:
         return peer
 
     return new
+
+
+# --- hosts that are gone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("url", "give_up_s"), [("tcp://", 20), ("tcp://?give_up_s=7", 7)])
+def test_all_channels_give_up_a_host_that_does_not_answer(make: Callable[..., Node], url: str, give_up_s: int) -> None:
+    one, other = make("one", url), make("other", url)
+    one.connect(other)
+    other.connect(one)
+    works(one, other)
+    works(other, one)
+    for node in (one, other):
+        transport = node.transport
+        assert isinstance(transport, TcpTransport)
+        sockets = [conduit.channel.socket for conduit, _ in transport._conduits.values()]  # type: ignore[attr-defined]
+        assert len(sockets) == 2, "its own and the other's"
+        for sock in sockets:
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == give_up_s * 1000
+            idle_s = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            assert idle_s + sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) < give_up_s
 
 
 # --- strangers --------------------------------------------------------------------------------------------------------

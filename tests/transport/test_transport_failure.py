@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -229,20 +230,30 @@ def link() -> Iterator[tuple[tuple[str, str], str]]:
             ip("netns", "del", space)
 
 
+@contextlib.contextmanager
+def apart(back_end: BackEnd, link: tuple[tuple[str, str], str], options: str = "") -> Iterator[list[Endpoint]]:
+    """A writer and a target, connected, each in a namespace of its own."""
+    spaces, device = link
+    ends: list[Endpoint] = []
+    try:
+        for number, space in enumerate(spaces, 1):
+            here = replace(back_end, url=back_end.url.replace("127.0.0.1", f"10.77.0.{number}") + options)
+            env = {**here.env, "UCX_NET_DEVICES": device}
+            prefix = ("ip", "netns", "exec", space)
+            ends += open_ends(replace(here, env=env), f"space{number}", arena_bytes=32 * MIB, prefix=prefix)
+        connect_both_ways(*ends)
+        yield ends
+    finally:
+        for end in ends:
+            end.end()
+
+
 @pytest.mark.root
 def test_cut_off_gives_nothing_and_heals(back_end: BackEnd, link: tuple[tuple[str, str], str]) -> None:
     if back_end.id not in ("tcp", "ucx", "nixl-tcp"):
         pytest.skip("does not go over the network")
     spaces, device = link
-    ends: list[Endpoint] = []
-    try:
-        for number, space in enumerate(spaces, 1):
-            here = replace(back_end, url=back_end.url.replace("127.0.0.1", f"10.77.0.{number}"))
-            env = {**here.env, "UCX_NET_DEVICES": device}
-            prefix = ("ip", "netns", "exec", space)
-            ends += open_ends(replace(here, env=env), f"space{number}", arena_bytes=32 * MIB, prefix=prefix)
-        writer, target = ends
-        connect_both_ways(writer, target)
+    with apart(back_end, link) as (writer, target):
         writer.call("fill", rows=writer.rows((0, 16 * MIB)), seed=13)
         writer.run("write", target.name, writer.rows((0, MIB)), target.rows((0, MIB)), b"before")
         ip("-n", spaces[0], "link", "set", device, "down")
@@ -254,6 +265,26 @@ def test_cut_off_gives_nothing_and_heals(back_end: BackEnd, link: tuple[tuple[st
         target.note(b"across the cut")
         expected = writer.call("digest", rows=whole[0])
         assert target.call("digest", rows=whole[1]) == expected
-    finally:
-        for end in ends:
-            end.end()
+
+
+@pytest.mark.root
+def test_a_host_without_power_is_lost_in_bounded_time(back_end: BackEnd, link: tuple[tuple[str, str], str]) -> None:
+    """Something is in flight one way, nothing the other."""
+    if back_end.id != "tcp":
+        pytest.skip("only tcp:// gives up by itself")
+    spaces, device = link
+    with apart(back_end, link, "?give_up_s=2") as (writer, target):
+        writer.run("write", target.name, writer.rows((0, MIB)), target.rows((0, MIB)), b"before")
+        ip("-n", spaces[0], "link", "set", device, "down")
+        cut_s = time.monotonic()
+        op = writer.call(
+            "write", peer=target.name, local=writer.rows((0, 16 * MIB)), remote=target.rows((0, 16 * MIB)), note=b"x"
+        )
+        assert "PeerLostError" in writer.completion(op)[2]
+        writer.lost(target.name)
+        target.lost(writer.name)
+        assert 1.5 < time.monotonic() - cut_s < 12
+        ip("-n", spaces[0], "link", "set", device, "up")
+        before = target.call("digest", rows=target.rows((0, 16 * MIB)))
+        never(target, lambda event: event[0] == "note" and event[2] == b"x")
+        assert target.call("digest", rows=target.rows((0, 16 * MIB))) == before, "the closed connection is a fence"

@@ -18,7 +18,7 @@ from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Incarnation, Rank
-from lmkv.process import own_process
+from lmkv.process import DRAIN_S, REMOTE_DRAIN_S, own_process
 from lmkv.transfer.events import Peer
 from lmkv.transport import (
     Completion,
@@ -32,7 +32,7 @@ from lmkv.transport import (
     open_transport,
 )
 from lmkv.vllm.pal import Loss
-from lmkv.vllm.peers import AGAIN_S, DEPARTED_S, DRAIN_S, REMOTE_DRAIN_S, Peers
+from lmkv.vllm.peers import AGAIN_S, DEPARTED_S, Peers
 
 THEM = Incarnation("them")
 PEER = Peer(THEM, Rank(0))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -15,7 +16,9 @@ from lmkv.hashing import page_key
 from lmkv.ids import Rank
 from lmkv.pool.access import Reach
 from lmkv.pool.node import PoolNode
-from lmkv.vllm.specs import LoadSpec
+from lmkv.transport import OpId
+from lmkv.vllm.specs import LoadSpec, PageSource
+from lmkv.wire import ProcessCard
 
 from .pool_bed import CHUNK, HEADS, NAMESPACE, PAGE_BYTES, REQUEST, RankBed, running_node
 
@@ -267,3 +270,117 @@ def test_a_node_that_dies_while_it_pushes_leaves_no_slot_behind(tmp_path: Path) 
         assert report.good in (0, KEYS * CHUNK)
         bed.until(lambda: not bed.pool.nodes())
         bed.until(lambda: not bed.pool.waiting and bed.pool._staging.idle)
+
+
+# --- what a node that is lost may still write to ---
+
+
+@pytest.fixture(params=["nixl", "tcp"])
+def pushed(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[RankBed, PoolNode, tuple[PageSource, ...]]]:
+    """A node that has been asked to write pages, and neither writes them nor answers."""
+    url = "nixl://?progress=event" if request.param == "nixl" else "tcp://"
+    if request.param == "nixl":
+        pytest.importorskip("nixl")
+    with running_node(tmp_path, share="none", transport=url) as node, RankBed(node, transport=url) as bed:
+        keys = bed.keys(21, KEYS)
+        bed.store(keys, IDS)
+        monkeypatch.setattr(node._pushing, "take", lambda *_: None)
+        yield bed, node, bed.pages(keys, bed.pin(keys))
+
+
+Pushed = tuple[RankBed, PoolNode, tuple[PageSource, ...]]
+
+
+def lose(bed: RankBed) -> None:
+    """Our connection to the node, as the data plane tells it."""
+    access = bed.access
+    assert access._peer is not None
+    bed.transport.disconnect(access._peer)
+    access.peer_lost(access._peer, "for a test")
+
+
+def test_staging_stays_lent_to_a_node_that_may_still_write(pushed: Pushed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The load is over at once. Where a lost connection is no fence, the node has to say that it does not write."""
+    bed, node, pages = pushed
+    fence = bed.transport.capabilities.loss_is_fence
+    flying: list[tuple[int, ...]] = []
+    monkeypatch.setattr(node._pushing, "recall", lambda incarnation, rank, tokens: flying.append(tokens) or tokens)
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK))
+    bed.until(lambda: bool(bed.pool._loads._reads))  # type: ignore[union-attr]
+    lose(bed)
+    report = bed.report()
+    assert (report.good, report.reason) == (0, "read_failed" if fence else "node_lost")
+    assert bed.pool._staging.idle == fence and not bed.pool.waiting
+    bed.until(lambda: bool(bed.pool.nodes()) and (fence or any(flying)))
+    assert bed.pool._staging.idle == fence, "it is attached again, and still writes"
+    assert bed.counters().get("load:staging_held", 0) == (0 if fence else KEYS)
+    monkeypatch.undo()
+    bed.until(lambda: bed.pool._staging.idle)
+    assert bed.counters().get("load:staging_freed", 0) == (0 if fence else KEYS)
+    assert bed.load(bed.keys(21, KEYS), OTHER_IDS).good == KEYS * CHUNK
+
+
+def test_a_load_is_over_at_its_deadline_and_its_staging_is_not_free(pushed: Pushed) -> None:
+    bed, node, pages = pushed
+    node._pushing.recall = lambda incarnation, rank, tokens: tokens  # type: ignore[method-assign]
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK), within_s=0.3)
+    report = bed.report()
+    assert (report.good, report.reason) == (0, "late")
+    assert not bed.pool.waiting and not bed.pool._staging.idle
+
+
+def test_without_staging_loads_are_misses_and_stores_are_dropped(pushed: Pushed) -> None:
+    bed, node, pages = pushed
+    node._pushing.recall = lambda incarnation, rank, tokens: tokens  # type: ignore[method-assign]
+    loads, staging = bed.pool._loads, bed.pool._staging
+    assert loads is not None
+    others = staging.take(staging.count - KEYS)
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK), within_s=0.3)
+    assert bed.report().reason == "late"
+    assert not staging.can_load(1)
+    loads._held[OpId(-1)] = others  # as if the same had happened to them before
+    began_s = time.monotonic()
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK), within_s=10.0)
+    assert (bed.report().reason, time.monotonic() - began_s < 5.0) == ("no_staging", True)
+    bed.submit(bed.keys(22, KEYS), IDS)
+    bed.until(lambda: bed.packed[-1:] == [REQUEST] and bed.pool.idle and len(bed.packed) == 2)
+    counted = bed.counters()
+    assert (counted["store:late"], counted["load:staging_held"], counted["load:no_staging"]) == (KEYS, KEYS, 1)
+
+
+def test_a_new_data_plane_frees_what_nodes_of_other_hosts_hold(pushed: Pushed) -> None:
+    bed, node, pages = pushed
+    node._pushing.recall = lambda incarnation, rank, tokens: tokens  # type: ignore[method-assign]
+    far = ProcessCard("another host", "pid:[1]", 7, 7)
+    access = bed.access
+    assert access.card is not None
+    access.card = msgspec.structs.replace(access.card, process=far)
+    bed.begin_load(pages, OTHER_IDS, (0, KEYS * CHUNK), within_s=0.3)
+    assert bed.report().reason == "late"
+    node.stop()
+    assert bed.pool.overdue(time.monotonic()) == []
+    bed.pool._settings = bed.pool._settings.model_copy(update={"quarantine_s": 0.1})
+    bed.until(lambda: bed.pool._staging.idle or bool(bed.pool.overdue(time.monotonic())))
+    bed.pool.replaced(b"")
+    bed.until(lambda: bed.pool._staging.idle)
+
+
+def test_what_was_reserved_over_another_attachment_is_not_written(
+    pushed: Pushed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The node may have freed it when the connection was lost, and lent it to somebody else."""
+    bed, _, _ = pushed
+    stores = bed.pool._stores
+    assert stores is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "work", lambda now_s: None)
+        bed.submit(bed.keys(23, KEYS), IDS)
+        bed.until(lambda: bool(stores._ready))
+        lose(bed)
+        bed.until(lambda: bool(bed.pool.nodes()))
+    bed.until(lambda: bed.pool.idle)
+    assert bed.counters()["store:node_lost"] == KEYS
+    bed.until(lambda: stats(bed)["reserved"] == 0)
+    assert not bed.pin(bed.keys(23, KEYS)).pages

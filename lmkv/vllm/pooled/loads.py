@@ -3,6 +3,9 @@
 Mapped pages are unpacked where they lie; those of other hosts are read into staging, several at a time and from all
 their holders, and unpacked as they land. A page counts only if its lease was still on when it had been unpacked and all
 its checksums are right. The first page that does not ends the load; what came before it is kept.
+
+A load is over at its deadline, and at once where a lost node was to write. The staging of what may still land then is
+*held*: nobody waits for it, and it is free once nothing lands any more.
 """
 
 from __future__ import annotations
@@ -86,6 +89,8 @@ class Loads:
         self._fetch = fetch and len(shares.groups) == 1 and staging.in_host_memory
         self._loads: deque[_Load] = deque()
         self._reads: dict[OpId, _Read] = {}
+        self._held: dict[OpId, list[int]] = {}
+        """Slots into which something may still land for a load that is over."""
         self._reports: list[LoadReport] = []
 
     @property
@@ -124,6 +129,10 @@ class Loads:
             if now_s > load.spec.until_s and not load.reported:
                 # What is in flight lands in staging only, so the blocks are vLLM's at once.
                 self._cut(load, load.next, "late", at_once=True)
+                for op in [op for op, read in self._reads.items() if read.load is load]:
+                    self._hold(op)
+            elif load.next < load.stop and self._starves(load):
+                self._cut(load, load.next, "no_staging")
             elif self._workable(load):
                 first = load.next
                 self._guard.attempt(
@@ -139,6 +148,12 @@ class Loads:
             return False
         access = self._find(load.spec.pages[load.next].node)
         return access is None or access.reach is Reach.LOCAL or self._staging.can_load(len(self._shares.groups))
+
+    def _starves(self, load: _Load) -> bool:
+        """It waits for staging, and too much of that is held."""
+        access = self._find(load.spec.pages[load.next].node)
+        left = self._staging.count - sum(map(len, self._held.values()))
+        return access is not None and access.reach is not Reach.LOCAL and left < len(self._shares.groups)
 
     def _advance(self, load: _Load) -> None:
         first = load.next
@@ -209,6 +224,11 @@ class Loads:
 
     def completed(self, op: OpId, error: TransportError | None) -> bool:
         """True: it was one of ours."""
+        held = self._held.pop(op, None)
+        if held is not None:
+            self._counters["load:staging_freed"] += len(held)
+            self._staging.give_back(held)
+            return True
         read = self._reads.pop(op, None)
         if read is None:
             return False
@@ -255,6 +275,20 @@ class Loads:
                 load.right.add(i)
 
     # --- ends ---
+
+    def lost(self, op: OpId) -> None:
+        """The node of a fetch is lost; nobody knows when nothing of it lands any more."""
+        read = self._reads.get(op)
+        if read is not None:
+            self._hold(op)
+            self._cut(read.load, read.lo, "node_lost")
+            self._end_if_over(read.load)
+
+    def _hold(self, op: OpId) -> None:
+        read = self._reads.pop(op)
+        read.load.flying -= 1
+        self._held[op] = read.slots
+        self._counters["load:staging_held"] += len(read.slots)
 
     def _cut(self, load: _Load, index: int, reason: str, at_once: bool = False) -> None:
         """Nothing from page `index` on."""

@@ -162,6 +162,18 @@ class PoolRank:
     def peer_lost(self, peer: PeerId, reason: str) -> bool:
         return self._directory is not None and self._directory.peer_lost(peer, reason)
 
+    # --- a new data plane (lmkv.control.replacing) ---
+
+    def overdue(self, now_s: float) -> list[str]:
+        return self._directory.overdue(now_s, self._settings.quarantine_s) if self._directory is not None else []
+
+    def is_probe(self, op: OpId) -> bool:
+        return False
+
+    def replaced(self, export: bytes) -> None:
+        if self._directory is not None:
+            self._directory.replaced()
+
     # --- questions ---
 
     @property
@@ -216,6 +228,8 @@ class PoolRank:
         self._tell_nodes(self._directory)
         for op, error in self._directory.take_fetched():
             self._loads.completed(op, error)
+        for op in self._directory.take_lost():
+            self._loads.lost(op)
         if self._loads.active:
             self._loads.work(now_s)
         if not self._loads.has_work:

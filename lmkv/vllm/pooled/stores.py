@@ -60,6 +60,8 @@ class _Job:
     group: int
     access: NodeAccess
     node: Incarnation
+    bond: int
+    """What was reserved over another attachment of the same node is void."""
     until_s: float
     slots: list[tuple[int, pw.Slot]] = field(default_factory=list)
     """(chunk, slot) still to be packed."""
@@ -71,6 +73,10 @@ class _Job:
     @property
     def spec(self) -> StoreSpec:
         return self.batch.spec
+
+    @property
+    def is_attached(self) -> bool:
+        return (self.access.incarnation, self.access.bond) == (self.node, self.bond)
 
 
 @dataclass(slots=True)
@@ -135,7 +141,7 @@ class Stores:
             return
         batch = _Batch(spec, hold, len(self._shares.groups))
         for group, share in enumerate(self._shares.groups):
-            job = _Job(batch, group, access, access.incarnation, now_s + PATIENCE_S)
+            job = _Job(batch, group, access, access.incarnation, access.bond, now_s + PATIENCE_S)
             keys = b"".join(page_key(key, group) for key in spec.keys)
             self._asked.append(job)
             self._unanswered += 1
@@ -201,7 +207,7 @@ class Stores:
             self._give_up(job, "failed", now_s)
 
     def _advance(self, job: _Job, now_s: float) -> None:
-        if job.access.incarnation != job.node:
+        if not job.is_attached:
             self._give_up(job, "node_lost", now_s)
             return
         size = self._shares.groups[job.group].bytes
@@ -225,7 +231,7 @@ class Stores:
         self._commit_some(job, now_s)
 
     def _workable(self, job: _Job) -> bool:
-        return job.access.reach is not Reach.REMOTE or job.access.incarnation != job.node or self._staging.can_store
+        return job.access.reach is not Reach.REMOTE or not job.is_attached or self._staging.can_store
 
     def _pack_here(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> None:
         share = self._shares.groups[job.group]
