@@ -18,6 +18,9 @@ from .values import answer
 NO_ADDRESSES = ("x", "tcp://10.0.0.5", "tcp://10.0.0.5:99999", "tcp://[::1:80", "tcp://*:5555", "ipc:///tmp/x", "")
 
 
+GIVEN_UP = 0.9
+
+
 def _seed_of(salt: str | None) -> int:
     """KV differs by salt, which a model's does not: so it is seen when KV of one salt is used for another."""
     return zlib.crc32(salt.encode()) if salt else 0
@@ -45,6 +48,8 @@ class Driver:
         self._fail = fail
         self._events = events
         self._numbers = itertools.count()
+        self._waiting: dict[str, tuple[SimEngine, SimEngine, Job]] = {}
+        """Decode's halves that have not ended, with the engines of both."""
         self._odd = random.Random(f"odd-{load.seed}")
         self.wake: Callable[[], None] = lambda: None
         """Asks for a turn at once; set by the world."""
@@ -118,7 +123,12 @@ class Driver:
         )
 
     def replace(self, old: SimEngine, new: SimEngine) -> None:
-        """Another engine has come to the address of one that has died."""
+        """Another engine has come to the address of one that has died. Most requests of which it had a part are tried
+        elsewhere by the router, so their other half is given up; the others come to their deadline."""
+        for prefill, decode, job in list(self._waiting.values()):
+            if prefill is old and self._odd.random() < GIVEN_UP:
+                job.is_given_up = True
+                decode.abort(job.request_id)
         for engines in (self._prefills, self._decodes):
             engines[:] = [new if engine is old else engine for engine in engines]
 
@@ -149,10 +159,10 @@ class Driver:
         if first:
             theirs = plan.prefill_prompt or plan.prompt
             half = self._job(replace(plan, max_tokens=1, prompt=theirs), f"p{number}", params("prefill", decode))
-            half.partner = (decode, job)
             self._send(prefill, half, plan, plan.abort_s if "p" in ends else -1.0, plan.prefill_delay_s, now_s)
         if ends == "p-alone":
             return
+        self._waiting[job.request_id] = (prefill, decode, job)
         self._send(decode, job, plan, plan.abort_s if "d" in ends else -1.0, plan.decode_delay_s, now_s)
 
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
@@ -168,9 +178,7 @@ class Driver:
         def ended(job: Job) -> None:
             self.unended -= 1
             self._events[f"ended:{job.ended}"] += 1
-            if job.ended == "died" and job.partner is not None and not job.partner[1].ended:
-                job.partner[1].is_given_up = True  # the router tries the whole request elsewhere
-                job.partner[0].abort(job.partner[1].request_id)
+            self._waiting.pop(job.request_id, None)
             if job.ended == "length":
                 self._judge(engine, job)
                 if plan.turns and not job.request_id.startswith("p"):

@@ -48,9 +48,8 @@ class Job:
     answer: list[int] = field(default_factory=list)
     version: int = 0
     """Of the weights that compute it."""
-    partner: tuple[SimEngine, Job] | None = None
-    """Of a prefill half: the engine and the job that wait for it."""
     is_given_up: bool = False
+    """Its client does not want it any more, if it has not come yet."""
     ended: str = ""
     on_end: Callable[[Job], None] = lambda job: None
 

@@ -258,7 +258,12 @@ class Loads:
         chunks = [page.chunk for page in pages]
         wrong: set[int] = set()
         for group, share in enumerate(self._shares.groups):
-            sums = self._shares.unpack(group, spec.blocks[group], chunks, data, places[group], spec.tokens[0])
+            try:
+                sums = self._shares.unpack(group, spec.blocks[group], chunks, data, places[group], spec.tokens[0])
+            except LmkvError as error:
+                logger.warning("a load failed: %s", error)
+                self._cut(load, lo, "failed")
+                return
             load.loaded_bytes += len(pages) * share.bytes
             for i, (page, found) in enumerate(zip(pages, sums, strict=True)):
                 if found != share.own_sums(page.checksums[group]):
