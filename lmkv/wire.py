@@ -140,6 +140,20 @@ class PoolNodes(Message, frozen=True, tag=True):
 # --- control plane: liveness ---
 
 
+class Bury(Message, frozen=True, tag=True):
+    """Whoever runs the engines to an engine: the processes of this incarnation have ended for certain."""
+
+    token: str
+    incarnation: Incarnation
+
+
+class Buried(Message, frozen=True, tag=True):
+    """The answer; `refused` says why it is not believed, or is empty."""
+
+    token: str
+    refused: str = ""
+
+
 class Beat(Message, frozen=True, tag=True):
     """Between paired workers, both ways. Renews every lease of the pair. Times are the sender's monotonic clock, s."""
 
@@ -273,7 +287,7 @@ class Explained(Message, frozen=True, tag=True):
 Control = (
     Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Broken | Dismiss | PoolName | PoolNodes
     | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain
-    | Explained
+    | Explained | Bury | Buried
 )  # fmt: skip
 
 

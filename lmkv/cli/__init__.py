@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from .bury import bury
 from .controller import controller
 from .doctor import doctor
 from .drain import drain
@@ -30,6 +31,7 @@ main.command()(status)
 main.command()(keys)
 main.command()(drain)
 main.command()(drop)
+main.command()(bury)
 main.command()(doctor)
 main.command()(version)
 

@@ -21,7 +21,7 @@ from lmkv import wire
 from lmkv.addresses import split_address
 from lmkv.control.mailbox import MOST_ANSWER_BYTES, MOST_SOCKETS
 from lmkv.errors import LmkvError, WireError
-from lmkv.ids import TransferId
+from lmkv.ids import Incarnation, TransferId
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,8 @@ MEET_DEADLINE_S = 30.0
 """Pairing connects and warms every rank of both engines: seconds, not milliseconds."""
 ASK_DEADLINE_S = 2.0
 
-_Answer = wire.Met | wire.Description | wire.Explained
-_A = TypeVar("_A", wire.Met, wire.Description, wire.Explained)
+_Answer = wire.Met | wire.Description | wire.Explained | wire.Buried
+_A = TypeVar("_A", wire.Met, wire.Description, wire.Explained, wire.Buried)
 
 
 class ControlError(LmkvError):
@@ -72,6 +72,11 @@ class ControlClient:
         token = secrets.token_hex(8)
         answer = await self._ask(address, wire.Explain(token, transfer_id), token, wire.Explained, deadline_s)
         return answer.ledger
+
+    async def bury(self, address: str, incarnation: str, *, deadline_s: float = ASK_DEADLINE_S) -> wire.Buried:
+        """Tell the engine at `address` that the processes of that incarnation have ended for certain."""
+        token = secrets.token_hex(8)
+        return await self._ask(address, wire.Bury(token, Incarnation(incarnation)), token, wire.Buried, deadline_s)
 
     async def close(self) -> None:
         for line in self._lines.values():

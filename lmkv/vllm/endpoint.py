@@ -258,6 +258,8 @@ class EngineEndpoint:
                     actions = [ToWorkers(message)]
                 case wire.Describe():
                     actions = [Answer(letter.identity, self._description(message.token))]
+                case wire.Bury():
+                    actions = self._bury(pairing, message, letter.identity)
                 case wire.Explain():
                     explained = wire.Explained(message.token, self._book.to_json(message.transfer_id))
                     actions = [Answer(letter.identity, explained)]
@@ -277,6 +279,14 @@ class EngineEndpoint:
         if pairing.state(message.address)[0] is PairState.PENDING:
             self._wanted[message.address] = now_s + _WANTED_FOR_S
         return actions
+
+    def _bury(self, pairing: Pairing, message: wire.Bury, identity: bytes) -> list[Action]:
+        """The workers are told even if no such peer is known here any more: they remember those they have lost."""
+        if any(card.incarnation == message.incarnation for card in pairing.ready_peers()):
+            why = f"{message.incarnation} is paired and heard; end it, wait until it is lost, and say it again"
+            return [Answer(identity, wire.Buried(message.token, why))]
+        gone = wire.Dismiss(message.incarnation, dead=True)
+        return [ToWorkers(gone), Answer(identity, wire.Buried(message.token))]
 
     def _description(self, token: str) -> wire.Description:
         assert self._pairing is not None

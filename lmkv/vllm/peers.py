@@ -210,11 +210,12 @@ class Peers:
         return True
 
     def dismiss(self, incarnation: Incarnation, dead: bool) -> None:
+        """`dead`: the control plane's word that its processes have ended, also if it was lost before."""
         engine = self._engines.pop(incarnation, None)
         for rank in engine.meeting.ranks if engine else ():
-            pal = self._pals.pop(Peer(incarnation, rank))
-            pal.claimed = dead
-            self._part(pal, Loss.SILENT)
+            self._part(self._pals.pop(Peer(incarnation, rank)), Loss.SILENT)
+        for peer, pal in self._departed.items():
+            pal.claimed |= dead and peer.incarnation == incarnation
 
     def part(self, incarnation: Incarnation, reason: str) -> None:
         """A peer that makes trouble is parted from, without proof of its death; our engine is told."""

@@ -99,7 +99,8 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0, 30.0, 30.0]),
     }
     more = random.Random(f"more-{seed}")
-    settings["kv_verify"] = more.choice(["auto", "auto", "auto", "sample", "off"])
+    verify = more.choice(["auto", "auto", "auto", "sample", "off"])
+    settings["kv_verify"] = "auto" if threaded else verify
     settings["kv_verify_share"] = 0.3
     if settings["kv_verify"] != "auto":
         settings["hold_s"] = 120.0  # else such engines refuse each other

@@ -290,6 +290,34 @@ def test_the_end_of_a_process_on_this_host_is_seen(bench: Bench) -> None:
     assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
 
 
+def test_the_control_planes_word_is_a_proof(bench: Bench) -> None:
+    """Said of a peer that was lost before, of another host: what its kernel may still send gets time to come."""
+    bench.unfenced()
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.run(6.0)
+    assert bench.gone == [(PEER, Loss.SILENT)]
+    bench.peers.dismiss(Incarnation("another"), dead=True)
+    bench.run(REMOTE_DRAIN_S + 2 * AGAIN_S)
+    assert bench.gone == [(PEER, Loss.SILENT)]
+    bench.peers.dismiss(THEM, dead=True)
+    bench.run(AGAIN_S)
+    bench.run(REMOTE_DRAIN_S - AGAIN_S)
+    assert bench.gone == [(PEER, Loss.SILENT)]
+    bench.run(AGAIN_S)
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
+
+
+def test_a_peer_whose_first_write_has_failed_is_written_to_again(bench: Bench) -> None:
+    bench.ours.transport.faults.fail_next = 1
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    pal = bench.peers.find(PEER)
+    assert pal is not None and not pal.ready
+    bench.run(AGAIN_S)
+    assert pal.ready and bench.told() == [""]
+
+
 def test_another_process_at_its_address_on_its_host_is_a_proof(bench: Bench) -> None:
     bench.unfenced()
     bench.peers.introduce(bench.introduction, bench.now_s)

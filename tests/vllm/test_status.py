@@ -6,9 +6,11 @@ import json
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 from lmkv import wire
-from lmkv.ids import EngineName, Incarnation
+from lmkv.control.mailbox import Inbox
+from lmkv.ids import EngineName, Incarnation, Rank
 from lmkv.obs.ledger import LedgerBook
 from lmkv.vllm.endpoint import EngineEndpoint
 from tests.control.processes import lmkv
@@ -65,3 +67,24 @@ def test_an_engine_that_does_not_answer_is_an_error(endpoint: EngineEndpoint) ->
     assert "Traceback" not in silent.stderr
     bad = lmkv("status", "--engine", "nonsense")
     assert bad.exit_code == 2 and "'nonsense'" in bad.stderr and len(bad.stderr.splitlines()) == 1
+
+
+def test_workers_are_told_of_a_peer_whose_machine_is_off(endpoint: EngineEndpoint) -> None:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    worker = Inbox(context, "tcp://127.0.0.1:0")
+    rank = wire.WorkerCard(Rank(0), worker.address, "inproc", b"", "DRAM", (), 1, 64)
+    card = wire.EngineCard(EngineName("e0"), Incarnation("aa" * 8), endpoint.address, "both", {}, {}, (16,), (rank,))
+    endpoint.start(card, ())
+    said = lmkv("bury", "bb" * 8, "--engine", endpoint.address)
+    assert said.exit_code == 0 and f"{'bb' * 8} is taken for gone" in said.stdout
+    assert worker.socket.poll(2000)
+    assert [letter.message for letter in worker.receive()] == [wire.Dismiss(Incarnation("bb" * 8), dead=True)]
+    worker.close()
+    context.term()
+
+
+def test_a_peer_that_is_heard_is_not_buried(endpoint: EngineEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = start(endpoint, "")
+    monkeypatch.setattr(endpoint._pairing, "ready_peers", lambda: [card])
+    said = lmkv("bury", card.incarnation, "--engine", endpoint.address)
+    assert said.exit_code == 1 and "is paired and heard" in said.stderr
