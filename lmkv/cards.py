@@ -15,7 +15,7 @@ from .ids import (
 )
 from .layout import Geometry
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of all messages between engines; both sides need the same."""
 
 

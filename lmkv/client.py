@@ -262,10 +262,14 @@ class LmkvClient:
                     result.refused["unreachable"] += 1
                 else:
                     written.append((key, slot.generation, sums))
+        except BaseException:
+            for key, generation, _ in written:
+                self._abandon(node, key, generation, drained=True)
+            raise
         finally:
             for key, slot, _ in left:
                 result.refused["unreachable"] += 1
-                self._abandon(node, key, slot, drained=True)
+                self._abandon(node, key, slot.generation, drained=True)
         return self._commit(node, written, ack, ack_wait_s, result)
 
     def _write(
@@ -276,16 +280,16 @@ class LmkvClient:
             slot.offset,
             lambda page: self._pages.pack(kv, chunk, page),
             until_s,
-            drained=lambda: self._abandon(node, key, slot, drained=True),
+            drained=lambda: self._abandon(node, key, slot.generation, drained=True),
             bond=bond,
         )
         if sums is None:
-            self._abandon(node, key, slot, drained=False)  # (if it was not said already that it is)
+            self._abandon(node, key, slot.generation, drained=False)  # (if it was not said already that it is)
         return sums
 
-    def _abandon(self, node: NodeAccess, key: bytes, slot: pw.Slot, drained: bool) -> None:
+    def _abandon(self, node: NodeAccess, key: bytes, generation: int, drained: bool) -> None:
         mine = (self._nodes.incarnation, Rank(0), self.namespace)
-        node.link.tell(pw.Abandon(*mine, key, (slot.generation,), drained))
+        node.link.tell(pw.Abandon(*mine, key, (generation,), drained))
 
     def _commit(
         self,

@@ -51,7 +51,10 @@ class ConnectorSettings(BaseSettings):
     max_post_bytes: int = Field(16 << 20, ge=1, description="a write is not larger than this")
     max_inflight_bytes: int = Field(64 << 20, ge=1, description="window of posted, unfinished bytes per peer")
     landing_bytes: int = Field(
-        64 << 20, ge=0, description="decode: memory for KV that arrives in another layout and is converted; 0: none"
+        64 << 20,
+        ge=0,
+        description="decode: memory for KV that arrives in another layout and is converted, of which one "
+        "engine gets half at most; 0: none",
     )
     landing_slot_bytes: int = Field(2 << 20, ge=4096, description="decode: one write in another layout fits in a slot")
     convert_dtype: bool = Field(

@@ -4,6 +4,8 @@
     A ◀── Welcome{card B} or Refuse ──── B: ready for A
     A: fingerprints compared; own workers introduced to B; ready for B
 
+A Welcome says which number of the pair A has told. If A has lost the pair since, it answers with another Hello.
+
 Everything is idempotent: both may start, messages may repeat. A peer is remembered by incarnation; an address only
 leads to the incarnation last seen there. A pair whose worker reports a loss is forgotten, and found again by `want`.
 """
@@ -139,6 +141,10 @@ class Pairing:
             return [ToEngine(address, wire.Hello(self.card, entry.pair))]
         return []
 
+    def knows(self, incarnation: Incarnation) -> bool:
+        """It is a peer, or becomes one."""
+        return incarnation in self._peers
+
     def number(self, address: str) -> int:
         """Ours of the pair with the engine at `address`, for grants."""
         entry = self._addresses.get(address)
@@ -164,7 +170,8 @@ class Pairing:
             self._judged(card, refusal)
             return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
         known = self._judged(card, None)
-        if ours != (number := self.number(card.address)):
+        number = self._addresses.setdefault(card.address, _Address()).pair
+        if ours != number:
             return [ToEngine(card.address, wire.Hello(self.card, number))]
         if known is not None and known.pair == pair:
             return self._tell_waiters(card.address, "") if known.ready else []

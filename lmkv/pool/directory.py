@@ -120,7 +120,7 @@ class Directory:
         # Of several controllers, another may still see a node that this one does not.
         for address in self._accesses.keys() - self._fixed.union(*self._listed):
             access = self._accesses[address]
-            if not access.ready and not len(access.fetching):
+            if not (access.ready or len(access.fetching) or access.link.has_slots_out):
                 self._accesses.pop(address).close()
                 self.fds_changed = True
         for address in sorted(told - self._accesses.keys()):

@@ -189,7 +189,7 @@ class PoolIndex:
     def settle(self, writer: Writer, lo: int, hi: int) -> None:
         """The writer writes no more to what it has reserved with questions [lo, hi): what it said of these slots may
         have been lost on its way. Reservations are looked at once they are over, and in quarantine."""
-        for entry in list(self._quarantine.values()):
+        for entry in list(self._quarantine.values()) if lo < hi else ():
             task = entry.writing.get(writer)
             if task is not None and lo <= task.question < hi:
                 self._drained(writer, entry.generation)

@@ -97,14 +97,21 @@ class Link:
         self._open.pop(token, None)
 
     def tell(self, message: pw.PoolMessage) -> bool:
-        """One-way. False: the queue is full."""
+        """One-way. False: the queue is full, or the link closed."""
         if isinstance(message, pw.Abandon) and message.drained:
             self._came_back(message.generations)
+        if self._socket.closed:
+            return False
         try:
             self._socket.send(pw.encode(message), zmq.NOBLOCK)
         except zmq.Again:
             return False
         return True
+
+    @property
+    def has_slots_out(self) -> bool:
+        """Something of ours may still be written to what the node has lent."""
+        return any(self._out.values())
 
     def receive(self, now_s: float) -> None:
         """Give out what has come, and give up what is late."""

@@ -101,6 +101,8 @@ class Pushing:
     def recall(self, incarnation: Incarnation, rank: Rank, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Those of these Fetch questions that are still being written. The others are over: one that comes late (over a
         connection that was lost) is not served, since the asker uses the memory for something else."""
+        if not tokens:
+            return ()
         writing = {push.name for push in self._pushes.values()}
         flying = tuple(token for token in tokens if (incarnation, rank, token) in writing)
         for token in set(tokens).difference(flying):

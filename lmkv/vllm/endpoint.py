@@ -282,7 +282,7 @@ class EngineEndpoint:
 
     def _bury(self, pairing: Pairing, message: wire.Bury, identity: bytes) -> list[Action]:
         """The workers are told even if no such peer is known here any more: they remember those they have lost."""
-        if any(card.incarnation == message.incarnation for card in pairing.ready_peers()):
+        if pairing.knows(message.incarnation):
             why = f"{message.incarnation} is paired and heard; end it, wait until it is lost, and say it again"
             return [Answer(identity, wire.Buried(message.token, why))]
         gone = wire.Dismiss(message.incarnation, dead=True)

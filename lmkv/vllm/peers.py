@@ -158,6 +158,7 @@ class Peers:
             self._leaving.update(old)
         self._leaving.discard(transport_id)
         self._by_transport[transport_id], self._exports[transport_id] = peer, worker.export
+        self._addresses.pop(peer, None)  # the oldest go first
         self._addresses[peer] = worker.address
         while len(self._addresses) > 1024:
             self._addresses.pop(next(iter(self._addresses)))

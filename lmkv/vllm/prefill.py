@@ -159,14 +159,14 @@ class PrefillSide:
     def freed(self, request_ids: set[str]) -> None:
         """The workers read the blocks of these ended requests no more."""
         for tid in self.yielding.freed(request_ids):
-            self._owners.pop(tid)
+            self._owners.pop(tid, None)
 
     def finished(self, request: Any, meta: StepMeta) -> bool:
         """The request has ended; True: keep its blocks until the workers report finished_sending."""
         prefill = self._requests.pop(request.request_id)
         self._book.update(prefill.transfer_id, finished_s=self._runtime.clock())
         if not prefill.announced:
-            self._owners.pop(prefill.transfer_id)
+            self._owners.pop(prefill.transfer_id, None)
             self._orphans.append(prefill)
             return False
         if not prefill.done:

@@ -175,12 +175,12 @@ class WorkerLoop:
     def end(self) -> None:
         self._is_over = True
         with contextlib.ExitStack() as closing:  # whatever fails, the rest is closed
-            closing.callback(self._let_go)
             closing.callback(self._context.term)
             closing.callback(self._inbox.close)
             closing.callback(self._outbox.close)
             if not self._is_stopping:
                 closing.callback(self._letters.say_broken)
+            closing.callback(self._let_go)
             closing.callback(self._transport.abort)
             if self._pool is not None:
                 closing.callback(self._pool.close)

@@ -46,7 +46,7 @@ class Yielding:
         self._wanting = None
 
     def chosen(self, tokens: int, now_s: float) -> TransferId | None:
-        """The transfer that is to give way after a step of so many tokens, if any.
+        """The transfer that is to give way, if any. `tokens`: how many the step computes.
 
         The newest comes first: decode takes requests in their order, so it will ask for that one last.
         """

@@ -208,6 +208,9 @@ class SimEngine:
     def _take_arrivals(self) -> None:
         while self._arrivals:
             job = self._arrivals.popleft()
+            if job.is_given_up:
+                self._bury(job)
+                continue
             job.version = self.version
             self.jobs[job.request_id] = job
             sampling = SamplingParams(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)

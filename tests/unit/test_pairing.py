@@ -248,3 +248,8 @@ def test_a_number_that_the_other_has_missed_is_told_again() -> None:
     net.do(b, [old])
     assert a.state(B)[0] is b.state(A)[0] is PairState.READY
     assert a._peers[Incarnation("b1")].pair == b.number(A) == 2, "grants of B carry the number that A serves"
+
+
+def test_a_welcome_to_an_engine_that_was_at_this_address_before_is_answered_with_our_number() -> None:
+    (answer,) = Pairing(card(A, "a2"), same_model).welcome(card(B, "b1"), pair=4, ours=3)
+    assert isinstance(answer, ToEngine) and answer.message == wire.Hello(card(A, "a2"), 1)

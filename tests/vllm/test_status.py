@@ -85,6 +85,6 @@ def test_workers_are_told_of_a_peer_whose_machine_is_off(endpoint: EngineEndpoin
 
 def test_a_peer_that_is_heard_is_not_buried(endpoint: EngineEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     card = start(endpoint, "")
-    monkeypatch.setattr(endpoint._pairing, "ready_peers", lambda: [card])
+    monkeypatch.setattr(endpoint._pairing, "knows", lambda incarnation: incarnation == card.incarnation)
     said = lmkv("bury", card.incarnation, "--engine", endpoint.address)
     assert said.exit_code == 1 and "is paired and heard" in said.stderr

@@ -162,18 +162,18 @@ class Stores:
         late = job not in self._asked
         if not late:
             self._asked.remove(job)
-        if answer is None or len(answer.slots) != len(job.spec.keys):
+        is_whole = answer is not None and len(answer.slots) == len(job.spec.keys)
+        if not is_whole:
             self._counters["store:unanswered"] += len(job.spec.keys)
-            if not late:
-                self._packed(job)
-            return
-        for chunk, slot in enumerate(answer.slots, job.spec.first):
+        for chunk, slot in enumerate(answer.slots[: len(job.spec.keys)] if answer is not None else (), job.spec.first):
             if slot.refusal is Refusal.NONE:
                 job.slots.append((chunk, slot))
             else:
                 self._counters[f"store:{slot.refusal.name.lower()}"] += 1
-        if late:
+        if late or answer is None or not is_whole:
             self._abandon(job, job.slots)
+            if not late:
+                self._packed(job)
             return
         job.until_s = min(job.until_s, asked_s + answer.lease_s)
         if job.slots:
@@ -326,8 +326,8 @@ class Stores:
         self._packed(job)
 
     def _abandon(self, job: _Job, batch: list[tuple[int, pw.Slot]]) -> None:
-        """Nothing of ours can land in these slots (any more). Said also to a node that is silent or another one by
-        now, which knows no such slots: slots that nobody gives back are lost to the node as long as we live."""
+        """Nothing of ours can land in these slots (any more). A silent node is told as well, since slots that nobody
+        gives back stay out of use. Another node at its address does not know them, and takes no notice."""
         if batch:
             generations = tuple(slot.generation for _, slot in batch)
             job.access.link.tell(

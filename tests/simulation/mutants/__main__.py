@@ -20,6 +20,7 @@ from .mutant import Mutant, MutantError
 from .table import MUTANTS
 
 ROOT = Path(__file__).resolve().parents[3]
+MODEL = ROOT / "tests" / "simulation" / "model"
 
 
 @dataclass(slots=True)
@@ -42,6 +43,9 @@ def copy_tree(target: Path) -> None:
     unwanted = shutil.ignore_patterns("__pycache__")
     for name in ("lmkv", "transport", "tests"):
         shutil.copytree(ROOT / name, target / name, symlinks=True, ignore=unwanted)
+    model = target / MODEL.relative_to(ROOT)
+    shutil.rmtree(model)
+    model.symlink_to(MODEL)  # weights that are newer than their engine are its own alone
     for folder in importlib.import_module("lmkv.kernels").__path__:
         for library in Path(folder).glob("*.so"):
             (target / "lmkv" / "kernels" / library.name).symlink_to(library)

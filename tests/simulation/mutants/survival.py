@@ -66,8 +66,8 @@ SURVIVAL = (
         "scheduler",
         "an engine that has lost the pair since its Hello takes the Welcome, and its grants are not served",
         "lmkv/control/pairing.py",
-        "if ours != (number := self.number(card.address)):",
-        "if (number := self.number(card.address)) < 0:",
+        "if ours != number:",
+        "if number < 0:",
     ),
     Mutant(
         "nothing-gives-way",
