@@ -30,8 +30,9 @@ COMMON = ("--dtype", "float32", "--max-model-len", "2048")
 SMALL_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "440")
 LARGE_BLOCKS = ("--block-size", "128", "--num-gpu-blocks-override", "110")
 """14,080 tokens: a burst of six fits, one of 24 with longer answers preempts."""
-FEW_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "215")
-"""Half of it, because requests that load from the pool share the blocks of their prefix."""
+FEW_BLOCKS = ("--block-size", "32", "--num-gpu-blocks-override", "140")
+"""A third of it: requests that compute or load on one engine share the blocks of their prefix, and 21 with the longest
+answers then have 157 blocks."""
 
 
 @dataclass(frozen=True, slots=True)
