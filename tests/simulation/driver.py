@@ -168,7 +168,10 @@ class Driver:
     def _job(self, plan: RequestPlan, request_id: str, params: dict[str, object] | None) -> Job:
         seed = _seed_of(plan.salt)
         counts = plan.counts and plan.abort_s < 0 and plan.prefill_prompt is None
-        return Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
+        job = Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
+        if plan.max_tokens > 2 and self._odd.random() < self._load.stops:
+            job.stop_after = self._odd.randrange(1, plan.max_tokens - 1)
+        return job
 
     def _send(
         self, engine: SimEngine, job: Job, plan: RequestPlan, abort_s: float, delay_s: float, now_s: float

@@ -48,6 +48,8 @@ class Job:
     answer: list[int] = field(default_factory=list)
     version: int = 0
     """Of the weights that compute it."""
+    stop_after: int = 0
+    """Its client goes away after so many tokens; 0: it stays."""
     is_given_up: bool = False
     """Its client does not want it any more, if it has not come yet."""
     ended: str = ""
@@ -335,6 +337,8 @@ class SimEngine:
                 if job is None:
                     continue
                 job.answer += one.new_token_ids
+                if 0 < job.stop_after <= len(job.answer):
+                    self.abort(one.request_id)
                 if one.finished:
                     self._end(one.request_id, str(one.finish_reason))
 

@@ -43,6 +43,9 @@ class Load:
         self._rnd = rnd
         self.seed = plan.seed
         self.odd = plan.odd
+        self.stops = plan.stops
+        self._fresh = 0.4 if plan.nodes else 0.7
+        """Share of bursts whose prefix nobody has computed. Where there is a pool, others have computed most."""
         self._count = plan.requests
         self._gentle_s = plan.gentle_s
         self._pd = plan.pd
@@ -72,7 +75,7 @@ class Load:
     def _burst(self, at_s: float) -> list[RequestPlan]:
         """Simultaneous requests that share a prefix, often one that nobody has computed yet."""
         rnd = self._rnd
-        prefix = self._prefix(fresh=rnd.random() < 0.7)
+        prefix = self._prefix(fresh=rnd.random() < self._fresh)
         salt = f"salt-{rnd.randrange(4)}" if rnd.random() < 0.1 else None
         plans = []
         for _ in range(rnd.randrange(2, 9)):

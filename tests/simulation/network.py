@@ -52,6 +52,8 @@ class Network:
     def __init__(self, now: Callable[[], float], chance: random.Random) -> None:
         self.now = now
         self.faults = Faults()
+        self.slowness = 1.0
+        """Of data planes: how many times as long bytes take."""
         self._chance = chance
         self._ports = itertools.count(FIRST_PORT)
         self._numbers = itertools.count()
@@ -66,7 +68,7 @@ class Network:
 
     def pace_s(self) -> float:
         """Between two polls of a data plane that moves bytes."""
-        return self._chance.uniform(20e-6, 400e-6)
+        return self._chance.uniform(20e-6, 400e-6) * self.slowness
 
     def watch(self, due_s: Callable[[], float]) -> int:
         """A descriptor of something that isn't a socket. `due_s` tells from when on it is readable."""

@@ -40,6 +40,10 @@ class WorldPlan:
     """How often the weights of all engines are replaced, one engine after the other."""
     odd: float
     """Share of requests whose transfer says something that it must not."""
+    slowness: float
+    """Of the link between engines (stepped gear)."""
+    stops: float
+    """Share of clients that have read enough before the end of their answer."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -126,5 +130,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         longest=320 if tiny else 600,
         updates=updates,
         odd=more.choice([0.0, 0.02]),
+        stops=more.choice([0.0, 0.1, 0.4]),
+        slowness=more.choice([1.0, 1.0, 10.0, 40.0]),
         settings=settings,
     )

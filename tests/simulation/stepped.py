@@ -42,8 +42,10 @@ class SteppedWorld:
         self.events: Counter[str] = self.result.events
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
+        self.runtime.network.slowness = plan.slowness
         self.witness = Witness(self.fail, self.events, strict=not plan.faults)
         chance = self._device_chance = random.Random(f"device-{plan.seed}")
+        self._device_pace_s = chance.choice([0.004, 0.004, 0.02])
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
         self._devices_stand_still = chance.random() < 0.25
         """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
@@ -132,7 +134,7 @@ class SteppedWorld:
         engine.wake = process.start_part("engine", engine).wake
         if kind.is_async and not self._devices_stand_still:
             stream = engine.runner.stream
-            stream.wake = process.start_part("device", Device(stream, self._device_chance)).wake
+            stream.wake = process.start_part("device", Device(stream, self._device_chance, self._device_pace_s)).wake
         return process, engine
 
     def fail(self, text: str) -> None:

@@ -56,12 +56,12 @@ class Stream:
 
 
 class Device:
-    """A part of the world that executes a stream, also while its engine waits for something in a hook."""
+    """A part of the world that executes a stream, also while its engine waits for something in a hook. Up to three
+    operations each `pace_s` at most."""
 
-    PACE_S = 0.004
-
-    def __init__(self, stream: Stream, rnd: random.Random) -> None:
+    def __init__(self, stream: Stream, rnd: random.Random, pace_s: float) -> None:
         self._stream = stream
+        self._pace_s = pace_s
         self._rnd = rnd
         self._due_s = 0.0
 
@@ -80,4 +80,4 @@ class Device:
     def turn(self, now_s: float) -> None:
         if now_s >= self._due_s:
             self._stream.advance(self._rnd.randrange(1, 4))
-            self._due_s = now_s + self._rnd.random() * self.PACE_S
+            self._due_s = now_s + self._rnd.random() * self._pace_s
