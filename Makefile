@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help setup models ucx demo simulate mutants soak test test-fast check peers bench-handover clean
+.PHONY: help setup models ucx demo simulate mutants soak test test-fast check peers power-off bench-handover clean
 
 VENV ?= $(if $(LMKV_VENV),$(LMKV_VENV),.venv)
 BIN := $(VENV)/bin
@@ -40,6 +40,9 @@ peers: setup ## 5,000 peers that come and vanish: what engine, node, controller 
 
 soak: models ## bursts of requests to real engines, each answer compared with plain vLLM's (ARGS="--model smollm2 --requests 200")
 	@$(BIN)/python scripts/soak.py $(ARGS)
+
+power-off: models ## a prefill host loses power in mid-push: the other pairs keep 0.9 of their goodput (root)
+	LMKV_GOODPUT=0.9 $(BIN)/python -m pytest -s tests/e2e/test_power_off.py
 
 bench-handover: models ## what a handover costs, beside vLLM's own connector
 	$(BIN)/python scripts/bench_handover.py $(ARGS)

@@ -30,7 +30,7 @@ OTHER_VARIABLES = frozenset(
         "LMKV_HEALTH",
         *("LMKV_MODEL", "LMKV_MODELS_DIR", "LMKV_ENGINE_ARGS", "LMKV_PUBLISH", "LMKV_SHM", "LMKV_DISK_CAPACITY"),
         *("LMKV_PREFILL_CORES", "LMKV_PREFILL_GPU", "LMKV_DECODE_CORES", "LMKV_DECODE_GPU"),
-        *("LMKV_CHAOS_ROUNDS", "LMKV_CHAOS_SEED", "LMKV_STORMS"),
+        *("LMKV_CHAOS_ROUNDS", "LMKV_CHAOS_SEED", "LMKV_STORMS", "LMKV_GOODPUT"),
     )
 )
 """Variables of the scripts, the API server (`lmkv.vllm.health`), the build, the compose file and the tests. An engine

@@ -51,7 +51,7 @@ class Desk:
             SimpleNamespace(send=lambda address, message: self.sent.append(message)),  # type: ignore[arg-type]
             self.book,
             1,
-            SimpleNamespace(content=lambda lora: self.content),  # type: ignore[arg-type]
+            SimpleNamespace(content=lambda lora: self.content, since_reset=b""),  # type: ignore[arg-type]
         )
 
     def request(self, ids: list[int], lora: Any = None) -> Any:

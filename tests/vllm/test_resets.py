@@ -42,6 +42,8 @@ STEP = SimpleNamespace(
 class Pool:
     """What the engine's pool half is told."""
 
+    trouble = ""
+
     def __init__(self) -> None:
         self.names: list[bytes] = []
 
