@@ -33,8 +33,7 @@ PERIOD_S = 2.5
 CLIENTS = 2
 """Of each pair."""
 GOODPUT = float(os.environ.get("LMKV_GOODPUT", "0.7"))
-"""Without the limits on what one peer holds it is 0.79 or less. `make power-off` demands 0.9, on a machine that does
-nothing else."""
+"""`make power-off` demands 0.9, on a machine that does nothing else."""
 COMPARED = 8
 """So many answers of the load are compared with what decode computes itself."""
 LINK_MBIT = 10.0
