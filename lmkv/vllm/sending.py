@@ -154,7 +154,8 @@ class Sending:
     def _fail_revoked(self, now_s: float) -> None:
         for tid in tuple(self._revoked):
             source = self._sources.get(tid)
-            if source is not None and not source.revoked and source.fan.request_id is not None:
+            # One whose offer the machine has not taken yet is failed by the command that follows (`gave_up`).
+            if source is not None and not source.revoked and any(map(self._machine.is_open, source.fan.ids)):
                 source.revoked = True
                 for event in source.fan.revoke("preempted, and its writes did not end in time"):
                     self._perform(self._machine.handle(event, now_s), now_s)

@@ -19,7 +19,7 @@ from lmkv.transfer.events import Peer
 from lmkv.transfer.prompt import PROMPT_FAULT, Prompt
 from lmkv.transport import OpId, PeerId
 from lmkv.vllm.checking import ALL_PPM, is_checked
-from lmkv.vllm.commands import Expected
+from lmkv.vllm.commands import Expected, Preempted
 from lmkv.vllm.specs import BlockRange, ExpectSpec
 
 from .loop_bed import PROMPT, Pair, until
@@ -187,6 +187,19 @@ def test_giving_up_a_preemption_ends_the_transfer(pair: Pair) -> None:
     assert pair.report(T).outcome == "failed"
     assert pair.ledger(T)["outcome"] == "failed"
     assert not sending._revoked, "nothing is remembered of an ended transfer"
+
+
+def test_a_revoke_that_comes_before_its_offer_is_not_lost(pair: Pair) -> None:
+    """A loop that stood still for longer than the preemption's fence takes all of it at once, the offer first."""
+    pair.prefill.loop._sending.revoke((T,))
+    pair.offer(T)
+    pair.compute(T, FROM[:2], last=False)
+    pair.prefill.loop.submit(Preempted((T,), gave_up=True))
+    assert pair.ledger(T)["outcome"] == "failed"
+    pair.expect(T, INTO)
+    pair.grant(T, INTO)
+    assert pair.report(T).outcome == "failed"
+    assert not pair.prefill.loop._sending._revoked
 
 
 # --- cut off, and back ---
