@@ -193,7 +193,7 @@ class Outbox:
         self._shut(address, 0)
 
     def close(self, linger_ms: int = 0) -> None:
-        """What is queued has so long to leave, while the context is terminated."""
+        """Close all connections. Queued messages have `linger_ms` to leave, while the context is terminated."""
         for address in list(self._connections):
             self._shut(address, linger_ms)
 

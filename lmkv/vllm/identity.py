@@ -15,7 +15,7 @@ from typing import Any
 
 from lmkv.errors import ConfigError
 from lmkv.ids import Incarnation
-from lmkv.weights import locate, newest_s, process_start_s, weight_files, weights_digest
+from lmkv.weights import file_digest, locate, newest_s, process_start_s, weight_files, weights_digest
 
 PRIVATE = "private"
 """Names of private weights begin so."""
@@ -141,7 +141,7 @@ def _code_digest(files: list[Path]) -> str:
     state = hashlib.blake2b(digest_size=8)
     for file in files:
         if file.suffix == ".py":
-            state.update(f"{file.name}:{hashlib.blake2b(file.read_bytes()).hexdigest()};".encode())
+            state.update(f"{file.name}:{file_digest(file, None)};".encode())
     return state.hexdigest()
 
 

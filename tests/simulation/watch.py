@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -43,5 +44,5 @@ def _grant(sending: Any, grant: wire.Grant, events: Counter[str]) -> None:
 
 
 def _plain(reason: str) -> str:
-    """Without what differs from one to the next."""
-    return re.sub(r"[0-9a-f]{8,}|\d+", "#", reason)[:80]
+    """Without what differs from one to the next, and no longer than some words."""
+    return textwrap.shorten(re.sub(r"[0-9a-f]{8,}|\d+", "#", reason), 80, placeholder="")
