@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 import msgspec
@@ -142,6 +143,17 @@ class LandingSlots:
         )
         convert_blocks(source, target, table, convert_dtype=self._convert_dtype)
         found.device.wait()  # for the loop's own stream: the slot is lent on, and the blocks are read, after this
+
+    def release(self, tid: TransferId, epoch: Epoch, awaited: Collection[Peer]) -> None:
+        """Only `awaited` writers still deliver; what the others hold is lent on, so that nobody of the same transfer
+        waits for it."""
+        landing = self._landings.get((tid, epoch))
+        if landing is None:
+            return
+        over = [borrower for borrower in landing.borrowers if borrower.peer not in awaited]
+        landing.borrowers = [borrower for borrower in landing.borrowers if borrower.peer in awaited]
+        for borrower in over:
+            self._tell(self._ring.close(borrower))
 
     def failed(self, tid: TransferId, epoch: Epoch) -> None:
         """It will not be loaded: no more slots for it. Those lent stay its own until `close`."""

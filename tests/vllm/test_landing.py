@@ -51,16 +51,16 @@ def engine(
 
 
 class Bench:
-    """A prefill rank with 4 heads in blocks of 16, and a decode rank with the last two in blocks of 32."""
+    """Prefill ranks with 4 heads in blocks of 16, and a decode rank with the last two in blocks of 32."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], ranks: int = 1, slots: int = 4) -> None:
         self.inbox = Inbox(context, "tcp://127.0.0.1:0")
         self.outbox = Outbox(context)
         self.theirs, self.source = engine(8, 16, 4, Shard(0, 1, 4))
-        self.ours, self.target = engine(6, 32, 2, Shard(1, 2, 4), slots=4)
+        self.ours, self.target = engine(6, 32, 2, Shard(1, 2, 4), slots=slots)
         card = self.theirs.card(Rank(0), self.inbox.address, "tcp", b"")
-        engine_card = wire.EngineCard(EngineName("p"), THEM, "tcp://h:1", "prefill", {}, {}, (16,), (card,))
-        meeting = Meeting(False, receives={Rank(0): ((2, 4),)})
+        engine_card = wire.EngineCard(EngineName("p"), THEM, "tcp://h:1", "prefill", {}, {}, (16,), (card,) * ranks)
+        meeting = Meeting(False, receives={Rank(rank): ((2, 4),) for rank in range(ranks)})
         peers = SimpleNamespace(
             met=lambda incarnation: (engine_card, meeting) if incarnation == THEM else None,
             address_of=lambda peer: self.inbox.address,
@@ -155,6 +155,29 @@ def test_what_cannot_be_is_not_believed(bench: Bench, peer: Peer, slot: int, rec
     note = bench.write(0, ALL, IDS)
     told = wire.WriteNote(TID, Epoch(1), peer.rank, 0, 0, 0, 2, 0, 3, 1, note.checksum, slot)
     assert bench.landing.fault(peer, told, rect) not in ("", "is corrupt")
+
+
+def test_a_writer_that_has_delivered_leaves_its_slots_to_the_others_of_its_transfer() -> None:
+    """A rank that is done would else hold what another rank waits for, until the deadline."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    bench = Bench(context, ranks=2)
+    other = Peer(THEM, Rank(1))
+    try:
+        slots = bench.credits()
+        note = bench.write(slots[0], ALL, IDS)
+        assert bench.landing.fault(PREFILL, note, ALL) == "", "the first rank has all slots that its engine may have"
+        bench.landing.release(TID, Epoch(1), [PREFILL, other])
+        assert bench.credits() == [], "both still deliver"
+        bench.landing.release(TID, Epoch(1), [other])
+        assert len(bench.credits()) == len(slots), "as many for the other rank"
+        assert "not lent to this writer" in bench.landing.fault(PREFILL, note, ALL)
+        assert bench.landing.held(TID, Epoch(1)) == len(slots)
+        bench.landing.release(TID, Epoch(1), [])
+        bench.landing.close(TID, Epoch(1))
+        assert bench.landing._ring.free == 4, "each slot comes back once"
+    finally:
+        bench.close()
+        context.term()
 
 
 def test_slots_come_back_with_the_end(bench: Bench) -> None:
