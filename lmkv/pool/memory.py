@@ -52,7 +52,8 @@ class ArenaMemory:
             )
         kinds = [("huge", os.MFD_HUGETLB)] if huge and _free_huge_bytes() >= capacity_bytes else []
         for kind, flag in [*kinds, ("small", 0)]:
-            size = -(-capacity_bytes // HUGE_BYTES) * HUGE_BYTES
+            unit = HUGE_BYTES if flag or capacity_bytes > HUGE_BYTES else mmap.PAGESIZE
+            size = -(-capacity_bytes // unit) * unit
             fd = os.memfd_create("lmkv-arena", os.MFD_CLOEXEC | flag)
             try:
                 os.ftruncate(fd, size)

@@ -194,7 +194,7 @@ def test_arenas_of_any_size(tmp_path: Path, capacity: int) -> None:
     user = User(node.address)
     with using(node, user):
         assert node.card.arena_bytes >= capacity
-        user.store(1, 2, size=300_000)
+        user.store(1, 2, size=200_000)
         user.store(3, 4, 5, size=5_000)
         assert user.load(1, 2) == 2 and user.load(3, 4, 5) == 3
 

@@ -13,12 +13,15 @@ from dataclasses import replace
 from .engine import Job, SimEngine
 from .kinds import SHAPE
 from .load import Load, RequestPlan
-from .values import answer
+from .values import VOCABULARY, answer
 
 NO_ADDRESSES = ("x", "tcp://10.0.0.5", "tcp://10.0.0.5:99999", "tcp://[::1:80", "tcp://*:5555", "ipc:///tmp/x", "")
 
 
 GIVEN_UP = 0.9
+STOPPING = 0.7
+"""Share of answers that may end before their longest length, when one of every STOP_EVERY tokens is sampled."""
+STOP_EVERY = 24
 
 
 def _seed_of(salt: str | None) -> int:
@@ -103,7 +106,9 @@ class Driver:
                 self._hand_over(plan, f"{number}-{sibling}", transfer, prefill, decode, sibling == 0, now_s)
             else:
                 engine = prefill if plan.route == "prefill" else decode
-                self._send(engine, self._job(plan, f"{number}", None), plan, plan.abort_s, 0.0, now_s)
+                unpooled = self._odd.random() < self._load.unpooled
+                params = {"lmkv": {"approximate": True}} if unpooled else None
+                self._send(engine, self._job(plan, f"{number}", params), plan, plan.abort_s, 0.0, now_s)
 
     def _be_odd(self, plan: RequestPlan, transfer: str, prefill: SimEngine, decode: SimEngine, now_s: float) -> None:
         """A router that goes wrong: it names an engine that cannot be, or sends a request twice under one id."""
@@ -169,6 +174,9 @@ class Driver:
         seed = _seed_of(plan.salt)
         counts = plan.counts and plan.abort_s < 0 and plan.prefill_prompt is None
         job = Job(request_id, list(plan.prompt), plan.max_tokens, params, plan.salt, seed, counts)
+        if plan.max_tokens > 2 and self._odd.random() < STOPPING:
+            first = self._odd.randrange(STOP_EVERY)
+            job.stops = tuple(range(first, VOCABULARY, STOP_EVERY))
         if plan.max_tokens > 2 and self._odd.random() < self._load.stops:
             job.stop_after = self._odd.randrange(1, plan.max_tokens - 1)
         return job
@@ -182,7 +190,7 @@ class Driver:
             self.unended -= 1
             self._events[f"ended:{job.ended}"] += 1
             self._waiting.pop(job.request_id, None)
-            if job.ended == "length":
+            if job.ended in ("length", "stop"):
                 self._judge(engine, job)
                 if plan.turns and not job.request_id.startswith("p"):
                     self._go_on(plan, job)
@@ -195,6 +203,8 @@ class Driver:
     def _judge(self, engine: SimEngine, job: Job) -> None:
         heads = SHAPE.heads // engine.kind.ranks
         right = answer(SHAPE, job.prompt, job.max_tokens, heads, job.kv_seed)
+        end = next((i for i, token in enumerate(right, 1) if token in job.stops), len(right))
+        right = right[:end]
         if job.answer != right:
             self._fail(f"{engine.name}: {job.request_id} answers {job.answer}, right is {right}")
 
@@ -204,7 +214,7 @@ class Driver:
         if len(prompt) > self._load.longest:
             return
         following = replace(plan, prompt=prompt, prefill_prompt=None, turns=plan.turns - 1, abort_s=-1.0, siblings=1)
-        pause_s = self._rnd.random() * 0.05
+        pause_s = self._rnd.random() * self._rnd.choice([0.05, 0.5])
         self.unended += 1  # until it arrives
 
         def arrive(now_s: float) -> None:

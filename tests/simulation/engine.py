@@ -48,6 +48,8 @@ class Job:
     answer: list[int] = field(default_factory=list)
     version: int = 0
     """Of the weights that compute it."""
+    stops: tuple[int, ...] = ()
+    """Tokens that end the answer, as the end of sequence does: with async scheduling the next step is in flight."""
     stop_after: int = 0
     """Its client goes away after so many tokens; 0: it stays."""
     is_given_up: bool = False
@@ -215,7 +217,9 @@ class SimEngine:
                 continue
             job.version = self.version
             self.jobs[job.request_id] = job
-            sampling = SamplingParams(max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True)
+            sampling = SamplingParams(
+                max_tokens=job.max_tokens, temperature=0.0, ignore_eos=True, stop_token_ids=list(job.stops)
+            )
             if job.params:
                 sampling.extra_args = {"kv_transfer_params": job.params}
             self.scheduler.add_request(
@@ -288,6 +292,7 @@ class SimEngine:
         connector = self.scheduler.connector
         matched, allocated = connector.get_num_new_matched_tokens, connector.update_state_after_alloc
         local: dict[str, int] = {}
+        n = self.kind.block_tokens
 
         def watched_match(request: Any, computed: int) -> Any:
             local[request.request_id] = computed
@@ -297,6 +302,9 @@ class SimEngine:
             computed = local.pop(request.request_id, 0)
             if external:
                 self._loads[request.request_id] = (computed, computed + external)
+                self._events["load:into_written"] += self._is_written(
+                    set(blocks.get_block_ids()[0][computed // n : -(-(computed + external) // n)])
+                )
             allocated(request, blocks, external)
 
         connector.get_num_new_matched_tokens, connector.update_state_after_alloc = watched_match, watched_alloc
@@ -308,6 +316,12 @@ class SimEngine:
             # vLLM computes the last token of a prompt again, also if all of it was loaded.
             self._events["tokens:loaded"] += hi - lo if before >= hi - 1 else max(0, before - lo)
             self._events["lost_loads"] += before < hi - 1
+
+    def _is_written(self, block_ids: set[int]) -> bool:
+        """A step in flight still writes to one of these blocks, which have been given to another request."""
+        n = self.kind.block_tokens
+        pieces = [piece for step in self._flying for piece in step.pieces]
+        return any(block_ids & set(piece.block_ids[piece.lo // n : -(-piece.hi // n)].tolist()) for piece in pieces)
 
     def _same_step_hits(self, step: Step) -> None:
         n = self.kind.block_tokens

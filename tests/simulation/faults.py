@@ -28,6 +28,8 @@ class World(Protocol):
 
     def restart_engine(self, number: int) -> bool: ...
 
+    def power_off_engine(self, number: int) -> Callable[[], None] | None: ...
+
 
 class Faults:
     """`at` is the driver's agenda. Every fault ends by itself, so that a world can come to rest."""
@@ -48,6 +50,7 @@ class Faults:
             self._stall,
             self._slow_mail,
             self._reset,
+            self._reset,
             self._cut,
             self._kill_node,
         ]
@@ -55,7 +58,9 @@ class Faults:
         for _ in range(rnd.randrange(10, 30)):
             kind = rnd.choice(kinds)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
-        more = [self._fail_op, self._fail_op, self._break_planes, self._break_planes, self._kill_engine]
+        for _ in range(rnd.randrange(0, 4)):  # while engines meet
+            at(now_s + rnd.random() * 0.3, lambda then_s: self._do(self._reset))
+        more = [self._fail_op, self._break_planes] * 2 + [self._kill_engine, self._power_off]
         for _ in range(rnd.randrange(2, 10)):
             kind = rnd.choice(more)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
@@ -76,7 +81,7 @@ class Faults:
         """Some of the coming operations fail, or arrive with a wrong byte."""
         plane = self._rnd.choice(self._planes())
         if self._rnd.random() < 0.6 and self._all_checked:
-            plane.faults.corrupt_next += self._rnd.randrange(1, 4)
+            plane.faults.corrupt_next += self._rnd.randrange(1, 8)
         else:
             plane.faults.fail_next += self._rnd.randrange(1, 4)
 
@@ -102,12 +107,24 @@ class Faults:
         def end() -> None:
             faults.slow = 0.0
 
-        self._later(self._rnd.uniform(0.1, 1.0), end)
+        seconds = self._rnd.uniform(0.1, 1.0)
+        self._later(seconds, end)
+        for _ in range(self._rnd.choice([0, 10, 40])):
+            self._later(self._rnd.random() * seconds, self._break_mail)
 
     def _reset(self) -> None:
-        """Connections between two processes break; some mail is lost."""
-        names = [p.name for p in (*self._world.engine_processes(), *self._world.node_processes())]
-        one, other = self._rnd.sample(names, 2)
+        """Connections between two processes break, once or a few times."""
+        for _ in range(self._rnd.randrange(1, 4)):
+            self._later(self._rnd.random() * 0.3, self._break_mail)
+
+    def _break_mail(self) -> None:
+        """Between two processes; some of what is on its way is lost."""
+        engines = [process.name for process in self._world.engine_processes()]
+        nodes = [process.name for process in self._world.node_processes()]
+        if nodes and self._rnd.random() < 0.7:
+            one, other = self._rnd.choice(engines), self._rnd.choice(nodes)
+        else:
+            one, other = self._rnd.sample(engines, 2)
         self._world.runtime.network.reset(one, other)
 
     def _cut(self) -> None:
@@ -130,6 +147,14 @@ class Faults:
         number = self._rnd.randrange(len(self._world.engine_processes()))
         if not self._world.restart_engine(number):
             self._later(0.05, self._kill_engine)
+
+    def _power_off(self) -> None:
+        """The host of an engine dies without a word. Connections end when somebody notices."""
+        noticed = self._world.power_off_engine(self._rnd.randrange(len(self._world.engine_processes())))
+        if noticed is None:
+            self._later(0.05, self._power_off)
+        else:
+            self._later(self._rnd.choice([1.0, 13.0, 25.0]), noticed)
 
     def _kill_node(self) -> None:
         """A pool node dies and comes back, empty, at its address."""

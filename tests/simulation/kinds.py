@@ -35,6 +35,10 @@ class EngineKind:
     step_tokens: int = 256
     most_requests: int = 16
     dtype: str = "bfloat16"
+    chunk_limit: int = 0
+    """Most tokens of one prompt in a step, so that long prompts let others pass; 0: as many as a step has."""
+    overcommits: bool = False
+    """A prompt is admitted when its first chunk fits in the cache, not only when all of it does."""
 
 
 MODEL = Path(__file__).parent / "model"
@@ -65,6 +69,8 @@ def vllm_config(kind: EngineKind, extra: dict[str, Any]) -> Any:
     config.scheduler_config.max_num_seqs = kind.most_requests
     # CPUs force it off; defer_block_free and the second batch in flight hang on it.
     config.scheduler_config.async_scheduling = kind.is_async
+    config.scheduler_config.long_prefill_token_threshold = kind.chunk_limit
+    config.scheduler_config.scheduler_reserve_full_isl = not kind.overcommits
     config.parallel_config.tensor_parallel_size = kind.ranks
     config.model_config.dtype = DTYPES[kind.dtype]
     config.kv_transfer_config = KVTransferConfig(

@@ -44,8 +44,13 @@ class Load:
         self.seed = plan.seed
         self.odd = plan.odd
         self.stops = plan.stops
-        self._fresh = 0.4 if plan.nodes else 0.7
+        self._fresh = 0.3 if plan.nodes else 0.7
         """Share of bursts whose prefix nobody has computed. Where there is a pool, others have computed most."""
+        self._bursts, self._chats = (0.35, 0.9) if plan.nodes else (0.55, 0.8)
+        self._turns = 6 if plan.nodes else 3
+        """Each turn of a chat comes to any engine: what another has computed is in the pool."""
+        self.unpooled = 0.3 if plan.nodes else 0.0
+        """Share of requests at one engine that ask not to be pooled. vLLM frees their blocks as soon as they end."""
         self._count = plan.requests
         self._gentle_s = plan.gentle_s
         self._pd = plan.pd
@@ -64,10 +69,11 @@ class Load:
         while len(plans) < self._count:
             now_s += rnd.expovariate(1 / self._gentle_s)
             kind = rnd.random()
-            if kind < 0.55:
+            if kind < self._bursts:
                 plans += self._burst(now_s)
-            elif kind < 0.8:
-                plans.append(self._one(now_s, self._prefix() + self.fresh(rnd.randrange(3, 60)), rnd.randrange(3)))
+            elif kind < self._chats:
+                prompt = self._prefix() + self.fresh(rnd.randrange(3, 60))
+                plans.append(self._one(now_s, prompt, rnd.randrange(self._turns)))
             else:
                 plans.append(self._one(now_s, self.fresh(rnd.randrange(1, 200))))
         return sorted(plans[: self._count], key=lambda plan: plan.at_s)

@@ -44,6 +44,8 @@ class WorldPlan:
     """Of the link between engines (stepped gear)."""
     stops: float
     """Share of clients that have read enough before the end of their answer."""
+    node: dict[str, Any] = field(default_factory=dict)
+    """Settings of pool nodes, but for their size."""
     settings: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -67,12 +69,14 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     threaded = seed % 7 == 3
     is_unlike = rnd.random() < 0.35
     ranks = rnd.choice([1, 1, 1, 2])
-    block = rnd.choice([16, 16, 32])
+    block = rnd.choice([8, 16, 32])
     both = rnd.random() < 0.2
-    tiny = rnd.random() < 0.5
+    nodes = rnd.choice([1, 1, 2]) if rnd.random() < 0.5 else 0
+    tiny = rnd.random() < (0.7 if nodes else 0.5)
+    more = random.Random(f"more-{seed}")
 
     def kind(role: str, block_tokens: int, count: int) -> EngineKind:
-        tokens = rnd.choice([576, 704, 1024]) if tiny else rnd.choice([3000, 6000])
+        tokens = rnd.choice([576, 576, 704]) if tiny else rnd.choice([3000, 6000])
         return EngineKind(
             "kv_both" if both else role,
             block_tokens,
@@ -82,16 +86,16 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
             is_v2=rnd.random() < 0.5,
             step_tokens=rnd.choice([32, 48, 64] if tiny else [64, 128, 256, 512]),
             most_requests=rnd.choice([4, 8, 16]),
+            chunk_limit=more.choice([0, 16, 24]) if tiny else 0,
+            overcommits=tiny and more.random() < 0.5,
         )
 
     other_block = rnd.choice([8, 16, 32, 64]) if is_unlike else block
     other_ranks = 3 - ranks if is_unlike and (other_block == block or rnd.random() < 0.4) else ranks
     prefills = tuple(kind("kv_producer", block, ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
     decodes = tuple(kind("kv_consumer", other_block, other_ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
-    nodes = rnd.choice([1, 1, 2]) if rnd.random() < 0.4 else 0
     settings: dict[str, Any] = {
         "chunk_tokens": CHUNK,
-        "landing_bytes": 64 << 10,
         "landing_slot_bytes": 4096,
         "min_post_bytes": rnd.choice([1, 2048, 1 << 20]),
         "max_post_bytes": rnd.choice([1024, 4096, 1 << 20]),
@@ -102,12 +106,13 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         "staging_bytes": 1 << 20,
         "load_s": rnd.choice([0.0004, 0.001, 30.0, 30.0, 30.0, 30.0]),
     }
-    more = random.Random(f"more-{seed}")
     verify = more.choice(["auto", "auto", "auto", "sample", "off"])
     settings["kv_verify"] = "auto" if threaded else verify
     settings["kv_verify_share"] = 0.3
     if settings["kv_verify"] != "auto":
         settings["hold_s"] = 120.0  # else such engines refuse each other
+    settings["landing_bytes"] = more.choice([8 << 10, 64 << 10])
+    settings["lookup_ms"] = more.choice([20.0, 200.0])
     updates = 0 if threaded else more.choice([0, 0, 0, 1, 2])
     if updates:
         settings["on_reset"] = more.choice(["count", "count", "new_epoch"])
@@ -117,20 +122,25 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         decodes,
         nodes,
         threaded,
-        faults=rnd.random() < 0.25,
+        faults=rnd.random() < (0.5 if nodes else 0.25),
         is_unlike=is_unlike,
         requests=requests // 3 if threaded else requests,
-        gentle_s=rnd.choice([0.01, 0.05, 0.2]),
-        pd=rnd.choice([0.3, 0.5, 0.7] if tiny else [0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.3) else 0.0,
+        gentle_s=rnd.choice([0.01, 0.02, 0.1] if tiny else [0.01, 0.05, 0.2]),
+        pd=rnd.choice([0.3, 0.5, 0.7] if tiny else [0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.4) else 0.0,
         abort=rnd.choice([0.0, 0.05, 0.1, 0.25]),
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
-        node_kib=rnd.choice([1024, 1024, 2048, 8192]),
-        outputs=rnd.choice([(4, 8, 24, 40), (12, 24, 48)]) if tiny else (1, 2, 3, 5, 8, 16),
+        node_kib=rnd.choice([96, 192, 1024, 8192]),
+        outputs=more.choice([(4, 8, 24, 40), (12, 24, 48), (24, 64, 120)]) if tiny else (1, 2, 3, 5, 8, 16),
         longest=320 if tiny else 600,
         updates=updates,
         odd=more.choice([0.0, 0.02]),
-        stops=more.choice([0.0, 0.1, 0.4]),
+        stops=more.choice([0.0, 0.1, 0.5]),
+        node={
+            "policy": more.choice(["lru", "s3fifo"]),
+            "write_lease_s": more.choice([30.0, 30.0, 0.02]),
+            "most_lease_s": more.choice([60.0, 60.0, 0.8]),
+        },
         slowness=more.choice([1.0, 1.0, 10.0, 40.0]),
         settings=settings,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from lmkv.pool.node import PoolNode
@@ -18,6 +19,7 @@ from .load import Load
 from .plan import WorldPlan
 from .remains import of_engine, of_node
 from .result import Result
+from .slow import SlowOps
 from .stream import Device
 from .virtual import Process, SteppedRuntime
 from .watch import watch
@@ -45,11 +47,12 @@ class SteppedWorld:
         self.runtime.network.slowness = plan.slowness
         self.witness = Witness(self.fail, self.events, strict=not plan.faults)
         chance = self._device_chance = random.Random(f"device-{plan.seed}")
-        self._device_pace_s = chance.choice([0.004, 0.004, 0.02])
+        self._device_pace_s = chance.choice([0.004, 0.02, 0.02])
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
         self._devices_stand_still = chance.random() < 0.25
         """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self._ops = BrokenOps()
+        self._slow_ops = SlowOps(chance, chance.choice([0.0, 0.0, 0.02]), self.runtime.run_for)
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self._processes: list[Process] = []
         self.engines: list[SimEngine] = []
@@ -95,29 +98,53 @@ class SteppedWorld:
         process = self.runtime.process(f"node{number}", f"host{number}")
         settings = NodeSettings(
             listen=listen,
-            capacity=f"{self.plan.node_kib}KiB",
             transport="inproc://",
             name=process.name,
             huge=False,
             prefault=False,
+            **self.plan.node,
         )
+        # Smaller than what it takes from users, so that pages are evicted all the time.
+        settings = settings.model_copy(update={"capacity": self.plan.node_kib << 10})
         node = PoolNode(settings, runtime=process.runtime)
         node.start()
         self.witness.node(process.name, node)
         return process, node
 
+    def _is_in_a_turn(self, process: Process) -> bool:
+        return any(self.runtime.is_active(runner) for runner in self.runtime.runners if runner.process is process)
+
     def restart_engine(self, number: int) -> bool:
         """The engine dies, and another comes to its address. False: it is in the middle of a turn, try later."""
         process, old = self._processes[number], self.engines[number]
-        if any(self.runtime.is_active(runner) for runner in self.runtime.runners if runner.process is process):
-            return False
+        if self._is_in_a_turn(process) or old.is_dead:
+            return old.is_dead
         process.kill()
         old.die()
+        self._come_back(number, old.address)
+        return True
+
+    def power_off_engine(self, number: int) -> Callable[[], None] | None:
+        """Its host is dead, and nobody is told. None: it is in the middle of a turn, try later. Call the result when
+        peers notice that their connections have ended; then another engine comes, at another address."""
+        process, old = self._processes[number], self.engines[number]
+        if self._is_in_a_turn(process) or old.is_dead:
+            return None
+        process.kill(silent=True)
+        old.die()
+
+        def noticed() -> None:
+            process.end_planes()
+            self._come_back(number, "tcp://127.0.0.1:0")
+
+        return noticed
+
+    def _come_back(self, number: int, address: str) -> None:
+        old = self.engines[number]
         self._dead.append(old)
-        self._processes[number], new = self._engine(number, old.kind, old.address)
+        self._processes[number], new = self._engine(number, old.kind, address)
         self.engines[number] = new
         self.driver.replace(old, new)
-        return True
 
     def _engine(self, number: int, kind: Any, listen: str = "tcp://127.0.0.1:0") -> tuple[Process, SimEngine]:
         process = self.runtime.process(f"engine{number}", f"host{number % 2}")
@@ -145,7 +172,7 @@ class SteppedWorld:
     def run(self) -> Result:
         """One run; the world is closed after it."""
         started_s = time.perf_counter()
-        with self._ops.restoring():
+        with self._slow_ops.installed(), self._ops.restoring():
             self._run_to_end()
             if self._is_fine and self.plan.faults and not self.plan.updates:
                 self._probe()
@@ -194,6 +221,8 @@ class SteppedWorld:
         return int(engine.scheduler.connector._scheduler.book.counts().get("receive:loaded", 0))
 
     def _count(self) -> None:
+        for _, node in self.nodes:
+            self.events.update({f"node:{name}": n for name, n in node._index.counters.items()})
         for engine in (*self.engines, *self._dead):
             for name, n in engine.scheduler.connector._scheduler.book.counts().items():
                 self.events[name] += n

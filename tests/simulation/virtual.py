@@ -185,17 +185,29 @@ class Process:
         self.stalled_s = self.world.clock() + seconds
 
     def kill(self, silent: bool = False) -> None:
-        """As SIGKILL does. `silent`: as loss of power does, which nobody is told of."""
+        """As SIGKILL does. `silent`: as loss of power does, which nobody is told of: what goes to it hangs until
+        somebody calls `end_planes`."""
         self.world.forget(self)
         self.world.network.kill(self.name, silent)
-        for transport in self.transports.values():
-            if not transport.gone:  # type: ignore[attr-defined]
-                transport.faults.dead = True  # type: ignore[attr-defined]
-                transport.abort()
+        if not silent:
+            self.end_planes()
+            return
+        others = {plane.name for other in self.world.processes.values() for plane in other.planes()}
+        for plane in self.planes():
+            plane.faults.cut = others
+
+    def planes(self) -> list[SteppedPlane]:
+        return [transport for transport in self.transports.values() if isinstance(transport, SteppedPlane)]
+
+    def end_planes(self) -> None:
+        """Of a dead process: peers are told that their connections have ended."""
+        for plane in self.planes():
+            if not plane.gone:
+                plane.faults.dead = True
+                plane.abort()
         for other in self.world.processes.values():
-            for transport in other.transports.values():
-                if isinstance(transport, SteppedPlane):
-                    transport.notice_death()
+            for plane in other.planes():
+                plane.notice_death()
 
 
 class SteppedRuntime:

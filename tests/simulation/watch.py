@@ -20,6 +20,7 @@ def watch(engine: SimEngine, events: Counter[str]) -> None:
     for rank in engine.runner.ranks:
         loop = rank.connector._worker._loop
         _before(loop._sending, "grant_came", lambda grant, now_s, s=loop._sending: _grant(s, grant, events))
+        _before(loop._sending, "preempted", lambda tids, *_, s=loop._sending: _preempted(s, tids, events))
         _before(loop._receiving._landing, "take_out", lambda *_: events.update({"landing_conversion": 1}))
 
 
@@ -41,6 +42,11 @@ def _grant(sending: Any, grant: wire.Grant, events: Counter[str]) -> None:
         events["grant:late"] += 1
     else:
         events["grant:in_time"] += 1
+
+
+def _preempted(sending: Any, tids: tuple[str, ...], events: Counter[str]) -> None:
+    lanes = [lane for tid in tids if tid in sending._sources for lane in sending._sources[tid].fan.ids]
+    events["preempted:being_sent"] += any(sending._machine.in_flight(lane) for lane in lanes)
 
 
 def _plain(reason: str) -> str:

@@ -179,6 +179,8 @@ class Witness:
         if not self._strict:
             return
         for engine in self._engines:
+            if corrupt := engine.scheduler.connector._scheduler.book.counts().get("pool:load:corrupt"):
+                self._fail(f"{engine.name}: {corrupt} loads have met pages whose checksums were wrong")
             for rank in engine.runner.ranks:
                 wrong = rank.connector._worker._loop._receiving._machine.counters.checksum_failures
                 if wrong:

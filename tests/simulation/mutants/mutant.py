@@ -24,7 +24,7 @@ class Mutant:
     before: str
     after: str
     needs: str = ""
-    """"pool", "unlike", "async" or "async prefill": only such worlds are run."""
+    """Of "pool", "unlike", "faults", "async" and "async prefill", joined by ", ": only such worlds are run."""
 
     def apply(self, root: Path) -> str:
         """The file's new text. Raises MutantError."""

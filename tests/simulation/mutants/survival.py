@@ -8,10 +8,10 @@ SURVIVAL = (
     Mutant(
         "bad-address-taken",
         "scheduler",
-        "2.2: an address that cannot be connected to goes on from a request to the sockets",
-        "lmkv/vllm/params.py",
-        "        split_address(address)\n    except",
-        "        str(address)\n    except",
+        "2.2: an address without a port counts as one, and comes to the sockets",
+        "lmkv/addresses.py",
+        '        raise ConfigError(f"{_short(address)} is not a control address", hint=hint)',
+        "        return str(address), 0",
     ),
     Mutant(
         "cut-off-peer-stays-dead",
@@ -20,6 +20,7 @@ SURVIVAL = (
         "lmkv/vllm/writer.py",
         "dead=loss is Loss.DEAD,",
         "dead=loss is not Loss.SILENT,",
+        needs="faults",
     ),
     Mutant(
         "transfer-id-used-twice",
@@ -36,6 +37,7 @@ SURVIVAL = (
         "lmkv/vllm/peers.py",
         "elif loss is Loss.FENCED and peer in self._departed:",
         "elif loss is None:",
+        needs="faults",
     ),
     Mutant(
         "op-error-escapes",
@@ -44,6 +46,7 @@ SURVIVAL = (
         "lmkv/kernels/_guard.py",
         "except (RuntimeError, IndexError, MemoryError) as error:",
         "except (IndexError, MemoryError) as error:",
+        needs="faults",
     ),
     Mutant(
         "outbox-never-forgets",
@@ -68,6 +71,7 @@ SURVIVAL = (
         "lmkv/control/pairing.py",
         "if ours != number:",
         "if number < 0:",
+        needs="faults",
     ),
     Mutant(
         "nothing-gives-way",
@@ -76,14 +80,5 @@ SURVIVAL = (
         "lmkv/vllm/yielding.py",
         "if now_s - self._stuck_s < YIELD_S:",
         "if self._stuck_s >= 0.0:",
-    ),
-    Mutant(
-        "settled-slots-not-told",
-        "pool",
-        "slots whose return was lost on its way stay out of use as long as their writer lives",
-        "lmkv/pool/access.py",
-        "settled=self.link.settled",
-        "settled=(0, 0)",
-        needs="pool",
     ),
 )

@@ -115,7 +115,7 @@ WORKER = (
         "lmkv/vllm/worker.py",
         "Loading(tuple(meta.loads), self._fence())",
         "Loading(tuple(meta.loads), None)",
-        needs="pool",
+        needs="pool, async prefill",
     ),
     Mutant(
         "preempted-not-waited-for",
@@ -182,6 +182,7 @@ WORKER = (
         "lmkv/transfer/sender.py",
         "dropped = self.lanes.purge(transfer)\n        transfer.begin_life()",
         "dropped: list[Queued] = []\n        transfer.begin_life()",
+        needs="unlike",
     ),
     Mutant(
         "report-lost",
@@ -249,12 +250,12 @@ POOL = (
         needs="pool",
     ),
     Mutant(
-        "two-writers-of-one-share",
+        "slot-of-a-late-writer-lent-on",
         "pool",
-        "a page that is being written is given to a second writer",
+        "the slot of a reservation that is over is free at once, though its writer has not said that it is done",
         "lmkv/pool/index.py",
-        "other = entry.owner != writer[0] or entry.page_bytes",
-        "other = entry.page_bytes",
+        "        if entry.writing:\n            self._quarantine",
+        "        if not entry.page_bytes:\n            self._quarantine",
         needs="pool",
     ),
     Mutant(
@@ -267,12 +268,12 @@ POOL = (
         needs="pool",
     ),
     Mutant(
-        "lease-end-ignored",
+        "lease-ends-early",
         "pool",
-        "pages count that were unpacked after their lease was over",
-        "lmkv/vllm/pooled/loads.py",
-        "if now_s > page.until_s:",
-        "if now_s < 0.0:",
+        "a node lets go of pinned pages before the lease that it has told is over",
+        "lmkv/pool/leases.py",
+        "_Lease(reader, entries, now_s + lease_s)",
+        "_Lease(reader, entries, now_s)",
         needs="pool",
     ),
     Mutant(
@@ -295,12 +296,12 @@ POOL = (
         needs="pool",
     ),
     Mutant(
-        "pages-of-the-next-chunk",
+        "page-of-a-cut-chunk-not-loaded",
         "pool",
-        "a lookup whose first chunks are cached takes each page for the chunk before it",
+        "the rest of a chunk that is cached in part counts as loaded, and is not",
         "lmkv/vllm/pooled/side.py",
-        "lo, hi = pages[0].chunk * chunk // n, -(-tokens[1] // n)",
-        "lo, hi = tokens[0] // n, -(-tokens[1] // n)",
+        "pages = tuple(page for page in lookup.pages if (page.chunk + 1) * chunk > tokens[0])",
+        "pages = tuple(page for page in lookup.pages if page.chunk * chunk >= tokens[0])",
         needs="pool",
     ),
 )
