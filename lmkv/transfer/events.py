@@ -112,7 +112,8 @@ class Revoke:
 
 @dataclass(frozen=True, slots=True)
 class Yield:
-    """The engine lacks blocks: this finished prompt expires if it has no grant and one that is not computed has."""
+    """The engine lacks blocks: this finished prompt ends if it has no grant, or waits for landing slots, and one that
+    is not computed has a grant (and perhaps these slots)."""
 
     transfer_id: TransferId
 

@@ -190,10 +190,15 @@ class Outgoing:
             return f"incomplete: {self.taken.cells} of {granted} granted cells were computed"
         return None if self.queued else ""
 
-    @property
-    def is_held(self) -> bool:
-        """Its prompt is computed, and no grant has come."""
-        return self.prompt_done_s is not None and self.grant is None
+    def giving_way(self) -> tuple[SendOutcome, str] | None:
+        """How it ends if its blocks are wanted: its prompt is computed, and no grant, or no landing slot, has come."""
+        if self.prompt_done_s is None:
+            return None
+        if self.grant is None:
+            return SendOutcome.EXPIRED, "no grant came, and its blocks were wanted"
+        if self.waiting and not self.flights:
+            return SendOutcome.FAILED, "no landing slot came, and its blocks were wanted"
+        return None
 
     @property
     def awaits_prompt(self) -> bool:

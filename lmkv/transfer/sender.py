@@ -85,8 +85,7 @@ class Sender:
             case ev.Revoke(tid, reason):
                 self._revoke(tid, reason, now_s)
             case ev.Yield(tid):
-                if (transfer := self._live(tid)) and transfer.is_held and self._is_prompt_awaited():
-                    self._end(transfer, ev.SendOutcome.EXPIRED, "no grant came, and its blocks were wanted", now_s)
+                self._give_way(tid, now_s)
             case ev.Preempted(tid):
                 self._preempted(tid, now_s)
             case ev.NotNeededCame(tid, reason):
@@ -152,9 +151,12 @@ class Sender:
         elif transfer.phase < Phase.ENDING or transfer.outcome is ev.SendOutcome.SENT:
             self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
 
-    def _is_prompt_awaited(self) -> bool:
-        """A receiver holds blocks for a prompt that is not computed: its grants for others may come only after that."""
-        return any(transfer.awaits_prompt for transfer in self._transfers.values())
+    def _give_way(self, transfer_id: TransferId, now_s: float) -> None:
+        """If a receiver holds blocks, or slots, for a prompt that is not computed: others may get theirs after that."""
+        transfer = self._live(transfer_id)
+        ending = transfer.giving_way() if transfer is not None else None
+        if transfer and ending and any(other.awaits_prompt for other in self._transfers.values()):
+            self._end(transfer, *ending, now_s)
 
     # --- the peer's events ---
 

@@ -119,7 +119,7 @@ class Sending:
                 self._tell(self._sources[tid].fan.withdraw(reason), now_s)
 
     def yielded(self, tid: TransferId, now_s: float) -> None:
-        if tid in self._sources and not self._sources[tid].grants:
+        if tid in self._sources:
             self._tell([ev.Yield(lane) for lane in self._sources[tid].fan.ids], now_s)
 
     def preempted(self, tids: tuple[TransferId, ...], now_s: float, gave_up: bool = False) -> None:

@@ -21,7 +21,7 @@ from lmkv.transfer.routes import engine_routes, routes
 from lmkv.transfer.slots import FIRST, Borrower, SlotRing
 from lmkv.wire import LayerCard, WorkerCard
 
-from .driving import ALL, D, P, R, Run, T, grant, of, posts
+from .driving import ALL, D, P, R, Run, T, U, grant, of, posts
 
 # --- routes ---
 
@@ -266,6 +266,26 @@ def test_nothing_is_posted_without_a_slot() -> None:
     assert all(run.machine.limits.rect_bytes(rect) <= 40 for _, rect in posts(first))
     rest = run.go(credit(7), credit(5))
     assert slots_of(rest) == [7, 5] and len(of(ev.SendSeal, rest)) == 1
+
+
+def test_a_prompt_without_slots_gives_way_to_one_whose_receiver_waits() -> None:
+    """The other prompt cannot be computed while this one has its blocks, and may have the slots that this one lacks."""
+    run = Run()
+    run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ALL), ev.PromptDone(T))
+    assert run.go(ev.Yield(T)) == [], "nobody waits for another prompt"
+    run.go(grant(1, tid=U))
+    actions = run.go(ev.Yield(T))
+    assert [(a.outcome, a.reason) for a in of(ev.Finished, actions)] == [
+        ("failed", "no landing slot came, and its blocks were wanted")
+    ]
+    assert len(of(ev.SendFailed, actions)) == 1, "its receiver computes the prompt itself"
+
+
+def test_a_prompt_that_is_being_written_does_not_give_way() -> None:
+    run = Run()
+    run.go(ev.Offer(T, R, P), landing(1), ev.Computed(T, ALL), ev.PromptDone(T), grant(1, tid=U))
+    assert len(posts(run.go(credit(5)))) == 1
+    assert run.go(ev.Yield(T)) == []
 
 
 def test_credit_before_the_kv_waits_for_it() -> None:

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
-from .engine import Job, SimEngine
+from .engine import SimEngine
+from .job import Job
 from .kinds import SHAPE
 from .load import Load, RequestPlan
 from .values import VOCABULARY, answer
@@ -189,7 +190,9 @@ class Driver:
         def ended(job: Job) -> None:
             self.unended -= 1
             self._events[f"ended:{job.ended}"] += 1
-            self._waiting.pop(job.request_id, None)
+            prefill, *_ = self._waiting.pop(job.request_id, (None,))
+            if job.ended == "died" and prefill is not None and self._odd.random() < GIVEN_UP:
+                prefill.abort(f"p{job.request_id[1:]}")  # the router tries both halves elsewhere
             if job.ended in ("length", "stop"):
                 self._judge(engine, job)
                 if plan.turns and not job.request_id.startswith("p"):

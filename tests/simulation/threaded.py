@@ -5,10 +5,13 @@ from __future__ import annotations
 import random
 import shutil
 import tempfile
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lmkv.control.runtime import THREADS
 from tests.pool.bed import NodeThread
 
 from .driver import Driver
@@ -35,17 +38,29 @@ class ThreadedWorld:
         ]
         pool = [node.node.card.address for node in self._nodes]
         settings = plan.settings | {"transport": "tcp://127.0.0.1:0", "pool": pool}
-        self.engines = [
-            SimEngine(f"{kind.role[3:]}{i}", kind, settings, self._rnd, self._fail, self.result.events)
-            for i, kind in enumerate((*plan.prefills, *plan.decodes))
-        ]
-        for engine in self.engines:
+        self.engines: list[SimEngine] = []
+        self._thread = threading.get_ident()
+        runtime = replace(THREADS, wait=self._wait)
+        for i, kind in enumerate((*plan.prefills, *plan.decodes)):
+            name = f"{kind.role[3:]}{i}"
+            engine = SimEngine(name, kind, settings, self._rnd, self._fail, self.result.events, runtime)
             watch(engine, self.result.events)
+            self.engines.append(engine)
         load = Load(self._rnd, plan)
         p = len(plan.prefills)
         self.driver = Driver(
             self._rnd, time.monotonic, self.engines[:p], self.engines[p:], load, self._fail, self.result.events
         )
+
+    def _wait(self, event: threading.Event, timeout_s: float) -> bool:
+        """Devices go on while an engine waits in a hook. They belong to this thread."""
+        if threading.get_ident() != self._thread:
+            return event.wait(timeout_s)
+        until_s = time.monotonic() + timeout_s
+        while not event.wait(0.0005) and time.monotonic() < until_s:
+            for engine in self.engines:
+                engine.runner.stream.advance()
+        return event.is_set()
 
     def _fail(self, text: str) -> None:
         self.result.failures.append(text)
