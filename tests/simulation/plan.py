@@ -10,6 +10,8 @@ from .kinds import EngineKind
 
 CHUNK = 32
 REQUESTS = 334
+FEW_SLOTS_BYTES = 8 << 10
+"""Two landing slots a rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,11 @@ class WorldPlan:
 
     @property
     def is_patient(self) -> bool:
-        """Nothing goes wrong, and nobody gives up: all that could be loaded has to be."""
-        return not (self.faults or self.updates) and self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
+        """Nothing goes wrong, nobody gives up, and there are slots for more than one writer: all that could be loaded
+        has to be."""
+        has_slots = not self.is_unlike or self.settings["landing_bytes"] > FEW_SLOTS_BYTES
+        waits = self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
+        return has_slots and waits and not (self.faults or self.updates)
 
     def describe(self) -> str:
         engines = " ".join(
@@ -111,7 +116,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     settings["kv_verify_share"] = 0.3
     if settings["kv_verify"] != "auto":
         settings["hold_s"] = 120.0  # else such engines refuse each other
-    settings["landing_bytes"] = more.choice([8 << 10, 64 << 10])
+    settings["landing_bytes"] = more.choice([FEW_SLOTS_BYTES, 64 << 10])
     settings["lookup_ms"] = more.choice([20.0, 200.0])
     updates = 0 if threaded else more.choice([0, 0, 0, 1, 2])
     if updates:

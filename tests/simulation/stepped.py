@@ -49,7 +49,7 @@ class SteppedWorld:
         chance = self._device_chance = random.Random(f"device-{plan.seed}")
         self._device_pace_s = chance.choice([0.004, 0.02, 0.02])
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
-        self._devices_stand_still = chance.random() < 0.25
+        self.devices_stand_still = chance.random() < 0.25
         """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self._ops = BrokenOps()
         self._slow_ops = SlowOps(chance, chance.choice([0.0, 0.0, 0.02]), self.runtime.run_for)
@@ -159,7 +159,7 @@ class SteppedWorld:
         watch(engine, self.events)
         self.witness.engine(engine)
         engine.wake = process.start_part("engine", engine).wake
-        if kind.is_async and not self._devices_stand_still:
+        if kind.is_async and not self.devices_stand_still:
             stream = engine.runner.stream
             stream.wake = process.start_part("device", Device(stream, self._device_chance, self._device_pace_s)).wake
         return process, engine
