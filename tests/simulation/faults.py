@@ -60,7 +60,7 @@ class Faults:
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
         for _ in range(rnd.randrange(0, 4)):  # while engines meet
             at(now_s + rnd.random() * 0.3, lambda then_s: self._do(self._reset))
-        more = [self._fail_op, self._break_planes] * 2 + [self._kill_engine, self._power_off]
+        more = [self._fail_op, self._break_planes] * 2 + [self._break_planes, self._kill_engine, self._power_off]
         for _ in range(rnd.randrange(2, 10)):
             kind = rnd.choice(more)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))

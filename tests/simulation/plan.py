@@ -127,7 +127,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         decodes,
         nodes,
         threaded,
-        faults=rnd.random() < (0.5 if nodes else 0.25),
+        faults=rnd.random() < (0.5 if nodes else 0.4),
         is_unlike=is_unlike,
         requests=requests // 3 if threaded else requests,
         gentle_s=rnd.choice([0.01, 0.02, 0.1] if tiny else [0.01, 0.05, 0.2]),

@@ -21,12 +21,12 @@ class SlowOps:
 
     def __init__(self, rnd: random.Random, share: float, run_for: Callable[[float], None]) -> None:
         self._rnd = rnd
-        self._share = share
+        self.share = share
         self._run_for = run_for
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
-        kept = {name: getattr(torch.ops.lmkv, name) for name in OPS if self._share}
+        kept = {name: getattr(torch.ops.lmkv, name) for name in OPS if self.share}
         for name, op in kept.items():
             setattr(torch.ops.lmkv, name, self._slowed(op))
         try:
@@ -37,7 +37,7 @@ class SlowOps:
 
     def _slowed(self, op: Any) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
-            if self._rnd.random() >= self._share:
+            if self._rnd.random() >= self.share:
                 return op(*args)
             at_first = self._rnd.random() < 0.5
             if at_first:
