@@ -191,7 +191,8 @@ class Outgoing:
         return None if self.queued else ""
 
     def giving_way(self) -> tuple[SendOutcome, str] | None:
-        """How it ends if its blocks are wanted: its prompt is computed, and no grant, or no landing slot, has come."""
+        """Outcome and reason if it ends because its blocks are wanted: its prompt is computed, and no grant, or no
+        landing slot, has come. None: it does not give way."""
         if self.prompt_done_s is None:
             return None
         if self.grant is None:

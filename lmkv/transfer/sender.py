@@ -152,7 +152,7 @@ class Sender:
             self._end(transfer, ev.SendOutcome.FAILED, reason, now_s)
 
     def _give_way(self, transfer_id: TransferId, now_s: float) -> None:
-        """If a receiver holds blocks, or slots, for a prompt that is not computed: others may get theirs after that."""
+        """Ends only if a receiver holds blocks or slots for a prompt that is not computed: these come free after it."""
         transfer = self._live(transfer_id)
         ending = transfer.giving_way() if transfer is not None else None
         if transfer and ending and any(other.awaits_prompt for other in self._transfers.values()):

@@ -145,8 +145,8 @@ class LandingSlots:
         found.device.wait()  # for the loop's own stream: the slot is lent on, and the blocks are read, after this
 
     def release(self, tid: TransferId, epoch: Epoch, awaited: Collection[Peer]) -> None:
-        """Only `awaited` writers still deliver; what the others hold is lent on, so that nobody of the same transfer
-        waits for it."""
+        """Lends on the slots of writers that have delivered everything: all but `awaited`. Another rank of the same
+        transfer may wait for them."""
         landing = self._landings.get((tid, epoch))
         if landing is None:
             return

@@ -208,9 +208,11 @@ class Receiving:
                     slots = self._landed.pop((tid, epoch), None)
                     if slots != 0:
                         self._reports.append(RankReport(tid, request_id, "drained", True, "", -(slots or 0)))
-        if isinstance(event, ev.Landed | ev.Sealed) and (event.transfer_id, event.epoch) in self._specs:
-            awaited = self._machine.awaited(event.transfer_id, event.epoch)
-            self._landing.release(event.transfer_id, event.epoch, awaited)
+        if isinstance(event, ev.Landed | ev.Sealed):
+            spec = self._specs.get((event.transfer_id, event.epoch))
+            if spec is not None and spec.landing:
+                awaited = self._machine.awaited(event.transfer_id, event.epoch)
+                self._landing.release(event.transfer_id, event.epoch, awaited)
 
     def tick(self, now_s: float) -> None:
         deadline_s = self._machine.next_deadline_s()

@@ -289,15 +289,14 @@ class SimEngine:
 
     def _is_written(self, block_ids: set[int]) -> bool:
         """A step in flight still writes to one of these blocks, which have been given to another request."""
-        n = self.kind.block_tokens
         pieces = [piece for step in self._flying for piece in step.pieces]
-        return any(block_ids & set(piece.block_ids[piece.lo // n : -(-piece.hi // n)].tolist()) for piece in pieces)
+        return any(not block_ids.isdisjoint(piece.written(self.kind.block_tokens)) for piece in pieces)
 
     def _same_step_hits(self, step: Step) -> None:
         n = self.kind.block_tokens
         written: dict[int, str] = {}
         for piece in step.pieces:
-            for block in piece.block_ids[piece.lo // n : -(-piece.hi // n)].tolist():
+            for block in piece.written(n):
                 written[block] = piece.sequence.request_id
         for piece in step.pieces:
             hit = piece.block_ids[: piece.lo // n].tolist()

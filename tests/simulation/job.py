@@ -21,7 +21,7 @@ class Job:
     """Nobody hangs up: what it could load has to be loaded where nothing goes wrong."""
     answer: list[int] = field(default_factory=list)
     version: int = 0
-    """Of the weights that compute it."""
+    """The version of the weights that compute it."""
     stops: tuple[int, ...] = ()
     """Tokens that end the answer, as the end of sequence does: with async scheduling the next step is in flight."""
     stop_after: int = 0
@@ -33,5 +33,5 @@ class Job:
 
     @property
     def kv_seed(self) -> int:
-        """What its KV depends on besides its tokens."""
+        """Its KV depends on this besides its tokens."""
         return self.seed + self.version * 7919

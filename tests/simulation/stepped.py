@@ -120,7 +120,8 @@ class SteppedWorld:
         return any(self.runtime.is_active(runner) for runner in self.runtime.runners if runner.process is process)
 
     def restart_engine(self, number: int) -> bool:
-        """The engine dies, and another comes to its address. False: it is in the middle of a turn, try later."""
+        """The engine dies, and another comes to its address. False: it is in the middle of a turn, try later.
+        One that has lost power is left alone."""
         process, old = self._processes[number], self.engines[number]
         if self._is_in_a_turn(process) or old.is_dead:
             return old.is_dead

@@ -48,6 +48,11 @@ class Piece:
     hi: int
     sampled: list[int] = field(default_factory=list)
 
+    def written(self, block_tokens: int) -> list[int]:
+        """The blocks that it writes to."""
+        found: list[int] = self.block_ids[self.lo // block_tokens : -(-self.hi // block_tokens)].tolist()
+        return found
+
 
 @dataclass(slots=True)
 class Step:

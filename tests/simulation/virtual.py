@@ -200,7 +200,7 @@ class Process:
         return [transport for transport in self.transports.values() if isinstance(transport, SteppedPlane)]
 
     def end_planes(self) -> None:
-        """Of a dead process: peers are told that their connections have ended."""
+        """Peers are told that their connections to this dead process have ended."""
         for plane in self.planes():
             if not plane.gone:
                 plane.faults.dead = True

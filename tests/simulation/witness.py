@@ -89,9 +89,10 @@ class Witness:
 
         def ended(op: Any, error: Any, now_s: float) -> None:
             write = flying.pop(sending._ops[op], None)
-            # What was revoked may have been overwritten: it never counts.
+            # The blocks of a revoked transfer may have been overwritten; its writes never count.
             tid = transfer_of(sending._ops[op][0])
-            revoked = tid in sending._revoked or getattr(sending._sources.get(tid), "revoked", True)
+            source = sending._sources.get(tid)
+            revoked = tid in sending._revoked or (source is not None and source.revoked)
             self._revoked += revoked
             if write is not None and error is None and self._strict and not revoked:
                 self._look_at(engine, write, sending._ops[op][0], "has ended")

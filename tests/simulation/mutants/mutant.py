@@ -24,7 +24,7 @@ class Mutant:
     before: str
     after: str
     needs: str = ""
-    """Of "pool", "unlike", "faults", "async" and "async prefill", joined by ", ": only such worlds are run."""
+    """Only worlds with all of these are run: "pool", "unlike", "faults", "async", "async prefill", joined by ", "."""
 
     def apply(self, root: Path) -> str:
         """The file's new text. Raises MutantError."""
