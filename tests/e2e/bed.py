@@ -279,17 +279,20 @@ class Client:
         reply.texts = [texts[i] for i in sorted(texts)]
         return reply
 
-    async def explain(self, router: Router, request_id: str, *, ranks: bool = False) -> dict[str, Any]:
-        """The last attempt's ledger, once both engines have closed theirs (`ranks`: and their ranks have, too)."""
+    async def explain(self, router: Router, request_id: str, *, ranks: tuple[int, int] = (0, 0)) -> dict[str, Any]:
+        """The last attempt's ledger, once both engines and `ranks` ranks of prefill and of decode have closed theirs.
+
+        Each rank tells its engine by itself, some a moment after the answer.
+        """
 
         async def closed() -> dict[str, Any] | None:
             async with self.session.get(f"{router.url}/explain/{request_id}") as response:
                 told = await response.json()
             attempt: dict[str, Any] = told["attempts"][-1]
             sides = attempt["engines"]
-            wanted = {"finished_s", "ranks"} if ranks else {"finished_s"}
-            if sides and all(side and wanted <= side.keys() for side in sides.values()):
-                return attempt
+            if sides and all(side and "finished_s" in side for side in sides.values()):
+                prefill, decode = (len(sides.get(side, {}).get("ranks", {})) for side in ("prefill", "decode"))
+                return attempt if prefill >= ranks[0] and decode >= ranks[1] else None
             return None
 
         found: dict[str, Any] = await eventually(closed, f"the ledger of {request_id} to be closed")

@@ -29,6 +29,12 @@ class Case:
     same_numbers: bool = True
     same_answers: bool = True
 
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of prefill, ranks of decode."""
+        prefill, decode = (2 if "--tensor-parallel-size" in args else 1 for args in (self.prefill, self.decode))
+        return prefill, decode
+
 
 F32 = ("--dtype", "float32")
 TP2 = ("--tensor-parallel-size", "2")
@@ -88,17 +94,15 @@ async def test_converted_kv_answers_as_if_it_were_our_own(pair: Pair, client: Cl
     ids = (await client.tokens(pair.decode, PROSE))[:tokens]
     await client.reset_cache(pair.decode)
     reply = await client.complete(pair.router.url, ids, max_tokens=16)
-    attempt = await client.explain(pair.router, reply.request_id, ranks=True)
+    attempt = await client.explain(pair.router, reply.request_id, ranks=pair.case.ranks)
     decode = attempt["engines"]["decode"]
     assert decode["mode"] == "landing" and "miss" not in decode, decode
     assert {rank["outcome"] for rank in decode["ranks"].values()} == {"loaded"}
     await client.reset_cache(pair.decode)
     alone = await client.complete(pair.decode.url, ids, max_tokens=16)
     if pair.case.same_numbers:
-        ranks = (len(attempt["engines"][side]["ranks"]) for side in ("prefill", "decode"))
-        sent, loaded = (
-            page(pair, attempt["transfer_id"], *of) for of in zip(("prefill", "decode"), ranks, strict=True)
-        )
+        sides = zip(("prefill", "decode"), pair.case.ranks, strict=True)
+        sent, loaded = (page(pair, attempt["transfer_id"], side, ranks) for side, ranks in sides)
         assert len(sent) > 0 and sent == loaded
     if pair.case.same_answers:
         assert reply.text == alone.text

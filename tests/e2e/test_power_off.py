@@ -144,7 +144,7 @@ async def loads(client: Client, router: Router) -> None:
     """A request over this pair is answered with KV that prefill has sent."""
     reply = await client.complete(router.url, prompt_of(f"Pair {router.port} at {time.monotonic()}"))
     assert reply.status == 200
-    decode = (await client.explain(router, reply.request_id, ranks=True))["engines"]["decode"]
+    decode = (await client.explain(router, reply.request_id, ranks=(1, 1)))["engines"]["decode"]
     assert {rank["outcome"] for rank in decode["ranks"].values()} == {"loaded"} and "miss" not in decode, decode
 
 

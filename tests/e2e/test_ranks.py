@@ -67,7 +67,7 @@ async def test_two_ranks_each_push_their_heads(tiny: Tiny, client: Client) -> No
         router.wait_ready()
         ids = (await client.tokens(tiny.decode, PROSE))[:1000]
         reply = await client.complete(router.url, ids)
-        attempt = await client.explain(router, reply.request_id)
+        attempt = await client.explain(router, reply.request_id, ranks=(2, 2))
         for side in ("prefill", "decode"):
             ranks = attempt["engines"][side]["ranks"]
             assert sorted(ranks) == ["0", "1"]
