@@ -15,7 +15,7 @@ from .ids import (
 )
 from .layout import Geometry
 
-PROTOCOL = 4
+PROTOCOL = 5
 """Version of all messages between engines; both sides need the same."""
 
 

@@ -82,12 +82,13 @@ class Refuse(Message, frozen=True, tag=True):
 class Introduce(Message, frozen=True, tag=True):
     """Engine to its own workers: connect to this peer, warm it, and tell the engine (Introduced). `own` is its card.
 
-    `pair` is the peer's number of the pair: only its grants with this number are served.
+    `pair` is the peer's number of the pair: only its grants with this number are served. `ours` is the engine's own.
     """
 
     card: EngineCard
     own: EngineCard
     pair: int = 0
+    ours: int = 0
 
 
 class Introduced(Message, frozen=True, tag=True):
@@ -163,6 +164,16 @@ class Beat(Message, frozen=True, tag=True):
     echo_s: float = 0.0
     """`sent_s` of the last Beat received, 0 if none; with `held_s` gives the round trip and the clock offset."""
     held_s: float = 0.0
+
+
+class Warmed(Message, frozen=True, tag=True):
+    """Rank to rank: a WarmNote with this `serial` has come over your connection, and `pair` is our engine's number of
+    the pair now. Grants with it may be served over that connection."""
+
+    incarnation: Incarnation
+    rank: Rank
+    serial: int
+    pair: int
 
 
 # --- control plane: one transfer (all from or to worker ranks) ---
@@ -286,8 +297,8 @@ class Explained(Message, frozen=True, tag=True):
 
 Control = (
     Meet | Met | Hello | Welcome | Refuse | Introduce | Introduced | Replaced | Broken | Dismiss | PoolName | PoolNodes
-    | Beat | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description | Explain
-    | Explained | Bury | Buried
+    | Beat | Warmed | Grant | Credit | NotNeeded | Parked | Cancel | Cancelled | Failed | Describe | Description
+    | Explain | Explained | Bury | Buried
 )  # fmt: skip
 
 
@@ -327,9 +338,10 @@ class SealNote(Message, frozen=True, tag="s"):
 
 
 class WarmNote(Message, frozen=True, tag="p"):
-    """First write of a pair; carries nothing."""
+    """With a write that nobody reads; answered by Warmed. `serial` numbers the writer's connection."""
 
     incarnation: Incarnation
+    serial: int = 0
 
 
 Note = WriteNote | SealNote | WarmNote

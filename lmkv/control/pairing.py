@@ -12,6 +12,7 @@ leads to the incarnation last seen there. A pair whose worker reports a loss is 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -64,8 +65,8 @@ class _Address:
     refused: str = ""
     refused_s: float = float("-inf")
     waiters: list[tuple[bytes, str]] = field(default_factory=list)
-    pair: int = 1
-    """Our number of the pair: one more each time that we have lost it."""
+    pair: int = 0
+    """Our number of the pair: a new one each time that we have lost it."""
 
 
 @dataclass(slots=True)
@@ -92,6 +93,7 @@ class Pairing:
         self._compare = compare
         self._addresses: dict[str, _Address] = {}
         self._peers: dict[Incarnation, _Peer] = {}
+        self._numbers = itertools.count(1)
 
     # --- questions ---
 
@@ -128,7 +130,7 @@ class Pairing:
 
     def want(self, address: str, now_s: float, waiter: tuple[bytes, str] | None = None) -> list[Action]:
         """Someone needs the engine at `address`. A waiter (identity, token) gets a Met when it is decided."""
-        entry = self._addresses.setdefault(address, _Address())
+        entry = self._entry(address)
         state, reason = self.state(address)
         if state is PairState.REFUSED and now_s - entry.refused_s >= RETRY_REFUSED_S:
             entry.refused, state = "", PairState.PENDING
@@ -170,7 +172,7 @@ class Pairing:
             self._judged(card, refusal)
             return [*self._refused_by(card.address, refusal.reason), ToEngine(card.address, refusal)]
         known = self._judged(card, None)
-        number = self._addresses.setdefault(card.address, _Address()).pair
+        number = self._entry(card.address).pair
         if ours != number:
             return [ToEngine(card.address, wire.Hello(self.card, number))]
         if known is not None and known.pair == pair:
@@ -217,10 +219,16 @@ class Pairing:
             entry = self._addresses[address]
             entry.incarnation = None
             entry.hello_s = float("-inf")
-            entry.pair += 1
+            entry.pair = next(self._numbers)
         return actions, addresses
 
     # --- inside ---
+
+    def _entry(self, address: str) -> _Address:
+        entry = self._addresses.get(address)
+        if entry is None:
+            entry = self._addresses[address] = _Address(pair=next(self._numbers))
+        return entry
 
     def _refusal(self, card: wire.EngineCard) -> wire.Refuse | None:
         if self._is_full(card):
@@ -248,7 +256,7 @@ class Pairing:
 
     def _admit(self, card: wire.EngineCard, pair: int) -> list[Action]:
         """A new peer, or one that has lost us: what was granted in the old pair is void, the workers part first."""
-        entry = self._addresses.setdefault(card.address, _Address())
+        entry = self._entry(card.address)
         actions: list[Action] = []
         if entry.incarnation not in (None, card.incarnation):
             assert entry.incarnation is not None
@@ -260,21 +268,21 @@ class Pairing:
             actions.append(ToWorkers(wire.Dismiss(card.incarnation, dead=False)))
         entry.incarnation, entry.refused = card.incarnation, ""
         self._peers.setdefault(card.incarnation, _Peer(card, pair=pair))
-        return [*actions, ToWorkers(wire.Introduce(card, self.card, pair))]
+        return [*actions, ToWorkers(wire.Introduce(card, self.card, pair, entry.pair))]
 
     def _forget(self, incarnation: Incarnation, dead: bool, reason: str, now_s: float) -> list[Action]:
         peer = self._peers.pop(incarnation)
         actions: list[Action] = [ToWorkers(wire.Dismiss(incarnation, dead))]
         entry = self._addresses[peer.card.address]
         entry.incarnation, entry.hello_s = None, now_s
-        entry.pair += 1
+        entry.pair = next(self._numbers)
         if not peer.ready:
             actions += self._refused_by(peer.card.address, reason)
             entry.refused_s = now_s
         return actions
 
     def _note_refusal(self, address: str, reason: str) -> None:
-        entry = self._addresses.setdefault(address, _Address())
+        entry = self._entry(address)
         entry.refused = reason
         entry.refused_s = entry.hello_s
 

@@ -14,7 +14,7 @@ _GRANTS = 1024
 
 
 class Early:
-    """Credits whose grant has not come, and grants of engines that we have not been introduced to.
+    """Credits whose grant has not come, and grants of engines that have not confirmed our connections.
 
     The two sides of a pair become ready one after the other, and a grant takes another way than the introduction.
     """

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 
 from lmkv import wire
-from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError
 from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.kernels import Cache, convert_blocks
@@ -42,12 +41,11 @@ class LandingSlots:
     """`convert_dtype` allows a dtype to be converted (the pairing has checked that it is wanted)."""
 
     def __init__(
-        self, rank: Rank, found: memory.KvMemory, peers: Peers, outbox: Outbox, convert_dtype: bool, verifier: Verifier
+        self, rank: Rank, found: memory.KvMemory, peers: Peers, convert_dtype: bool, verifier: Verifier
     ) -> None:
         self._rank = rank
         self._found = found
         self._peers = peers
-        self._outbox = outbox
         self._convert_dtype = convert_dtype
         self._verifier = verifier
         self._slots = found.slots
@@ -174,10 +172,5 @@ class LandingSlots:
 
     def _tell(self, loans: list[Loan]) -> None:
         for loan in loans:
-            borrower = loan.borrower
-            address = self._peers.address_of(borrower.peer)
-            if address is not None:
-                credit = wire.Credit(
-                    self._peers.own_incarnation, self._rank, borrower.transfer_id, borrower.epoch, loan.slots
-                )
-                self._outbox.send(address, credit)
+            to, own = loan.borrower, self._peers.own_incarnation
+            self._peers.tell(to.peer, wire.Credit(own, self._rank, to.transfer_id, to.epoch, loan.slots))

@@ -48,6 +48,9 @@ class Letters:
                 if peer is not None:
                     self._sending.handle(ev.Heard(peer), now_s)
                     self._receiving.handle(ev.Heard(peer), now_s)
+            case wire.Warmed():
+                if self._peers.confirmed(message):
+                    self._sending.confirmed(message.incarnation, now_s)
             case wire.Grant():
                 self._sending.grant_came(message, now_s)
             case wire.NotNeeded():

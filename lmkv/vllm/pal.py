@@ -12,6 +12,9 @@ from lmkv.transport import PeerId
 
 from .meeting import Meeting
 
+AGAIN_S = 1.0
+"""Between two looks at a peer, or two tries of what it has not answered."""
+
 
 class Loss(Enum):
     """How a peer is lost; lmkv.vllm.peers says what proves which."""
@@ -32,6 +35,7 @@ class Engine:
     introduced_s: float
     pair: int = 0
     """Its number of the pair: grants with another one are void."""
+    ours: int = 0
 
 
 @dataclass(slots=True)
@@ -42,8 +46,13 @@ class Pal:
     worker: wire.WorkerCard
     peer: Peer
     transport_id: PeerId
+    serial: int
+    """Of our connection to it, this time."""
     heard_s: float
     ready: bool = False
+    """It has been warmed."""
+    confirmed: bool = False
+    """The connection has reached it in the pair that we know: see lmkv.vllm.warming."""
     beat_s: float = 0.0
     echo_s: float = 0.0
     echo_heard_s: float = 0.0

@@ -16,21 +16,20 @@ from collections.abc import Callable
 from lmkv import wire
 from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Outbox
-from lmkv.errors import ConnectError, LayoutError, TransportError
+from lmkv.errors import LayoutError, TransportError
 from lmkv.ids import Incarnation, Rank
-from lmkv.process import DRAIN_S, drain_s, has_ended, has_followed, may_share_host
+from lmkv.process import has_ended, may_share_host
 from lmkv.transfer.events import Peer
-from lmkv.transport import Extents, MemoryKind, OpId, PeerId, Transport
+from lmkv.transport import Extents, OpId, PeerId, Transport
 
+from .departed import Departed, Fate
 from .meeting import Meeting, meeting
-from .pal import Engine, Loss, Pal
+from .pal import AGAIN_S, Engine, Loss, Pal
+from .warming import Warming
 
 logger = logging.getLogger(__name__)
 
 PROBE_EVERY_S = 0.1
-AGAIN_S = 1.0
-DEPARTED_S = 600.0
-"""A peer lost without proof that holds nothing of ours is kept connected for so long."""
 
 
 class Peers:
@@ -53,20 +52,19 @@ class Peers:
         self._transport = transport
         self._outbox = outbox
         self._rank = rank
-        self._scratch = scratch
+        self._warming = Warming(transport, scratch)
         self._settings = settings
         self._gone = gone
-        self._holds = holds
         self._own = Incarnation("")
         self._engines: dict[Incarnation, Engine] = {}
         self._pals: dict[Peer, Pal] = {}
         self._by_transport: dict[PeerId, Peer] = {}
-        self._warm_ops: dict[OpId, Peer] = {}
         self._addresses: dict[Peer, str] = {}
-        self._departed: dict[Peer, Pal] = {}
+        self._departed = Departed(settings.quarantine_s, holds)
         self._leaving: set[PeerId] = set()
         self._exports: dict[PeerId, bytes] = {}
-        self._fenced: OrderedDict[Peer, None] = OrderedDict()
+        self._fenced: OrderedDict[Peer, int] = OrderedDict()
+        """With our number of the pair that was lost."""
 
     # --- questions ---
 
@@ -76,11 +74,11 @@ class Peers:
 
     @property
     def warming(self) -> bool:
-        return any(peer in self._pals for peer in self._warm_ops.values())
+        return any(peer in self._pals for peer in self._warming.peers)
 
     def is_probe(self, op: OpId) -> bool:
         """The operation is ours (warming or probing)."""
-        return op in self._warm_ops
+        return self._warming.is_ours(op)
 
     def find(self, peer: Peer) -> Pal | None:
         return self._pals.get(peer)
@@ -105,20 +103,26 @@ class Peers:
         engine = self._engines.get(incarnation)
         return engine.pair if engine else None
 
-    def overdue(self, now_s: float) -> list[Peer]:
-        """Lost without proof for longer than `quarantine_s`, with blocks or slots of ours in quarantine: a new data
-        plane would free them. A process of this host is not among them (see `replaced`)."""
-        limit_s = self._settings.quarantine_s
-        lost = [pal for pal in self._departed.values() if now_s - pal.parted_s > limit_s and self._holds(pal.peer)]
-        return [pal.peer for pal in lost if not may_share_host(pal.worker.process)]
+    def is_confirmed(self, incarnation: Incarnation) -> bool:
+        """Its ranks have confirmed our connections for the pair that we know: grants of that pair may be served."""
+        engine = self._engines.get(incarnation)
+        return engine is not None and all(self._pals[Peer(incarnation, r)].confirmed for r in engine.meeting.ranks)
 
-    def address_of(self, peer: Peer) -> str | None:
-        """Control address of that rank, also after its engine was dismissed."""
-        return self._addresses.get(peer)
+    def overdue(self, now_s: float) -> list[Peer]:
+        """Peers whose quarantine of our memory only a new data plane would end (see `Departed.overdue`)."""
+        return self._departed.overdue(now_s)
 
     def ranks_of(self, incarnation: Incarnation) -> tuple[Peer, ...]:
         """Those of its ranks that we have been connected to, also after it was dismissed."""
         return tuple(peer for peer in self._addresses if peer.incarnation == incarnation)
+
+    def tell(self, peer: Peer, message: wire.Control) -> None:
+        """Send a rank a message, also after its engine was dismissed. One that was never connected hears nothing."""
+        address = self._addresses.get(peer)
+        if address is None:
+            logger.warning("no address of peer %s for %s", peer, type(message).__name__)
+        else:
+            self._outbox.send(address, message)
 
     # --- coming and going ---
 
@@ -126,14 +130,17 @@ class Peers:
         own, card = message.own, message.card
         self._own = own.incarnation
         known = self._engines.get(card.incarnation)
-        if known is not None and (known.card, known.pair) == (card, message.pair):
+        if known is not None and (known.card, known.pair, known.ours) == (card, message.pair, message.ours):
             self._tell_if_ready(card.incarnation)
             return
         if known is not None:
             self.dismiss(card.incarnation, dead=False)
-        self._note_successor(card, now_s)
+        self._departed.note_successor(card, now_s)
         try:
-            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s, message.pair)
+            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s, message.pair, message.ours)
+            if self._is_over(engine):
+                self._tell_engine(own.address, card.incarnation, "the pair was lost while it was made")
+                return
             pals = [self._connect(engine, rank, now_s) for rank in engine.meeting.ranks]
         except (TransportError, LayoutError) as error:
             self._tell_engine(own.address, card.incarnation, f"cannot connect to {card.name!r}: {error}")
@@ -141,14 +148,21 @@ class Peers:
         self._engines[card.incarnation] = engine
         for pal in pals:
             self._pals[pal.peer], pal.probe_s = pal, now_s
-            self._warm(pal)
+            self._warming.start(pal, self._own)
+            self._confirm(pal)
         self._tell_if_ready(card.incarnation)
+
+    def _is_over(self, engine: Engine) -> bool:
+        """A rank was fenced in this pair, which our engine did not know yet: what was granted in it may have been given
+        to others, so nobody may hear that it goes on."""
+        peers = (Peer(engine.card.incarnation, rank) for rank in engine.meeting.ranks)
+        return any(self._fenced.get(peer, -1) >= engine.ours for peer in peers)
 
     def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
-        self._scratch_of(worker)  # what cannot be warmed is refused before it is connected
-        self._departed.pop(peer, None)
+        self._warming.remote(worker)  # what cannot be warmed is refused before it is connected
+        self._departed.take(peer)
         self._fenced.pop(peer, None)
         self._let_go()
         old = [t for t, p in self._by_transport.items() if p == peer]
@@ -162,37 +176,38 @@ class Peers:
         self._addresses[peer] = worker.address
         while len(self._addresses) > 1024:
             self._addresses.pop(next(iter(self._addresses)))
-        return Pal(engine, worker, peer, transport_id, now_s)
-
-    def _scratch_of(self, worker: wire.WorkerCard) -> Extents:
-        """Where it is warmed and probed: as many bytes as our own scratch has. Raises ConnectError."""
-        if worker.scratch_kind not in list(MemoryKind):
-            raise ConnectError(f"its scratch lies in {worker.scratch_kind!r}", hint=f"known: {', '.join(MemoryKind)}")
-        if not (0 <= worker.scratch_address < 1 << 63 and 0 <= worker.scratch_device < 1 << 31):
-            raise ConnectError(f"its scratch is at {worker.scratch_address} on device {worker.scratch_device}")
-        row = (worker.scratch_address, self._scratch.total_bytes)
-        return Extents.of(row, device=worker.scratch_device, kind=MemoryKind(worker.scratch_kind))
+        return Pal(engine, worker, peer, transport_id, self._warming.serial(), now_s)
 
     def _tell_if_ready(self, incarnation: Incarnation) -> None:
         engine = self._engines[incarnation]
         if all(self._pals[Peer(incarnation, rank)].ready for rank in engine.meeting.ranks):
             self._tell_engine(engine.address, incarnation, "")
 
-    def _warm(self, pal: Pal) -> None:
-        """A write that nobody reads. The first of a pair wires it up: hundreds of ms that no request should pay."""
-        remote = self._scratch_of(pal.worker)
-        note = wire.encode(wire.WarmNote(self._own))
-        try:
-            op = self._transport.write(pal.transport_id, self._scratch, remote, note)
-        except TransportError as error:
-            # A death is told by PeerLost with the next poll, anything else ends as silence.
-            logger.debug("peer %s cannot be reached: %s", pal.name, error)
-            return
-        self._warm_ops[op] = pal.peer
+    def warm_note_came(self, transport_id: PeerId, note: wire.WarmNote) -> None:
+        """A peer has connected to us, and asks for a confirmation. It may come before we are introduced."""
+        self._warming.note_came(transport_id, note.serial)
+        peer = self.peer_of(transport_id)
+        if peer is not None:
+            self._confirm(self._pals[peer])
+
+    def _confirm(self, pal: Pal) -> None:
+        serial = self._warming.asked(pal.transport_id)
+        if serial is not None:
+            told = wire.Warmed(self._own, self._rank, serial, pal.engine.ours)
+            self._outbox.send(pal.worker.address, told)
+
+    def confirmed(self, message: wire.Warmed) -> bool:
+        """A rank confirms a connection of ours. True: it was the last one of its engine."""
+        peer = Peer(message.incarnation, message.rank)
+        pal = self._pals.get(peer)
+        if pal is None or pal.confirmed or (message.serial, message.pair) != (pal.serial, pal.engine.pair):
+            return False
+        pal.confirmed = True
+        return self.is_confirmed(peer.incarnation)
 
     def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
         """True if the operation was ours (warming or probing)."""
-        peer = self._warm_ops.pop(op, None)
+        peer = self._warming.ended(op)
         if peer is None:
             return False
         pal = self._pals.get(peer)
@@ -215,8 +230,8 @@ class Peers:
         engine = self._engines.pop(incarnation, None)
         for rank in engine.meeting.ranks if engine else ():
             self._part(self._pals.pop(Peer(incarnation, rank)), Loss.SILENT)
-        for peer, pal in self._departed.items():
-            pal.claimed |= dead and peer.incarnation == incarnation
+        if dead:
+            self._departed.claim(incarnation)
 
     def part(self, incarnation: Incarnation, reason: str) -> None:
         """A peer that makes trouble is parted from, without proof of its death; our engine is told."""
@@ -229,16 +244,16 @@ class Peers:
         peer = self._by_transport.pop(transport_id, None)
         self._leaving.discard(transport_id)
         self._exports.pop(transport_id, None)
+        self._warming.forget(transport_id)
         if peer is None:
             return
         loss = Loss.FENCED if self._transport.capabilities.loss_is_fence else Loss.SILENT
         pal = self._pals.get(peer)
         if pal is not None and pal.transport_id == transport_id:
             self._lose(pal, loss, reason)
-        elif loss is Loss.FENCED and peer in self._departed:
-            logger.info("peer %s (incarnation %s) is fenced: %s", self._departed[peer].name, peer.incarnation, reason)
-            del self._departed[peer]
-            self._end(peer, loss)
+        elif loss is Loss.FENCED and (departed := self._departed.take(peer)) is not None:
+            logger.info("peer %s (incarnation %s) is fenced: %s", departed.name, peer.incarnation, reason)
+            self._end(departed, loss)
 
     def _lose(self, pal: Pal, loss: Loss, reason: str) -> None:
         """The rank is lost, and the engine with it: its other ranks are parted from without proof."""
@@ -253,15 +268,15 @@ class Peers:
     def _part(self, pal: Pal, loss: Loss) -> None:
         """The pair is over. Without proof the peer is watched on."""
         if loss is Loss.SILENT:
-            pal.ready, pal.suspected, pal.parted_s = False, False, pal.heard_s
-            self._departed[pal.peer] = pal
+            self._departed.add(pal, pal.heard_s)
         else:
             self._leave(pal)
-        self._end(pal.peer, loss)
+        self._end(pal, loss)
 
-    def _end(self, peer: Peer, loss: Loss) -> None:
+    def _end(self, pal: Pal, loss: Loss) -> None:
+        peer = pal.peer
         if loss is Loss.FENCED:
-            self._fenced[peer] = None
+            self._fenced[peer] = pal.engine.ours
             while len(self._fenced) > 1024:
                 self._fenced.popitem(last=False)
         self._gone(peer, loss)
@@ -275,58 +290,33 @@ class Peers:
         self._by_transport.clear()
         self._exports.clear()
         self._leaving.clear()
-        self._warm_ops.clear()
-        lost = {**self._departed, **self._pals}
-        address = next((pal.engine.address for pal in lost.values()), "")
+        self._warming.clear()
+        lost = [*self._departed, *self._pals.values()]
+        address = next((pal.engine.address for pal in lost), "")
         self._engines.clear()
         self._pals.clear()
         self._departed.clear()
-        for peer, pal in lost.items():
+        for pal in lost:
             near = may_share_host(pal.worker.process)
             logger.warning("peer %s is %s by the new data plane", pal.name, "not fenced" if near else "fenced")
             if near:
-                self._departed[peer] = pal
-                pal.ready, pal.suspected, pal.parted_s = False, False, pal.parted_s or pal.heard_s
-            self._end(peer, Loss.SILENT if near else Loss.FENCED)
+                self._departed.add(pal, pal.parted_s or pal.heard_s)
+            self._end(pal, Loss.SILENT if near else Loss.FENCED)
         if address:
             self._outbox.send(address, wire.Replaced(self._rank, export))
 
-    # --- proofs of death ---
-
-    def _note_successor(self, card: wire.EngineCard, now_s: float) -> None:
-        """On the same host another process listens where a departed rank did: that one's sockets are closed."""
-        for pal in self._departed.values():
-            old = pal.worker.process
-            if pal.engine.card.address != card.address or pal.peer.incarnation == card.incarnation or not old.host:
-                continue
-            for worker in card.workers:
-                if pal.worker.address == worker.address and has_followed(worker.process, old):
-                    self._note_end(pal, now_s, "another process has its address")
-
-    def _note_end(self, pal: Pal, now_s: float, how: str) -> None:
-        """Its process has ended; `gone` is told when nothing of it is on its way any more."""
-        if not pal.ended_s:
-            pal.ended_s, pal.drain_s = now_s, drain_s(pal.worker.process)
-            logger.info("peer %s (incarnation %s) has ended: %s", pal.name, pal.peer.incarnation, how)
-
     def _watch_departed(self, now_s: float) -> None:
-        probing = set(self._warm_ops.values())
-        for peer, pal in list(self._departed.items()):
-            if not pal.ended_s and now_s - pal.looked_s >= AGAIN_S:
-                pal.looked_s = now_s
-                if pal.claimed or has_ended(pal.worker.process):
-                    self._note_end(pal, now_s, "the control plane says so" if pal.claimed else "seen on this host")
-            if pal.ended_s:
-                if now_s - pal.ended_s >= pal.drain_s:
-                    del self._departed[peer]
+        probing = self._warming.peers
+        for pal, fate in self._departed.watch(now_s):
+            match fate:
+                case Fate.DEAD:
                     self._leave(pal)
-                    self._end(peer, Loss.DEAD)
-            elif now_s - pal.parted_s > DEPARTED_S and not self._holds(peer):
-                del self._departed[peer]
-                self._leave(pal)
-            elif pal.transport_id in self._by_transport and peer not in probing and now_s - pal.probe_s >= AGAIN_S:
-                pal.probe_s = now_s
-                self._warm(pal)
+                    self._end(pal, Loss.DEAD)
+                case Fate.FORGOTTEN:
+                    self._leave(pal)
+                case Fate.PROBED if pal.transport_id in self._by_transport and pal.peer not in probing:
+                    pal.probe_s = now_s
+                    self._warming.start(pal, self._own)
 
     def _leave(self, pal: Pal) -> None:
         if pal.transport_id in self._by_transport:
@@ -378,10 +368,10 @@ class Peers:
                 if has_ended(pal.worker.process):
                     self._lose(pal, Loss.SILENT, "its process has ended")
                 else:
-                    self._warm(pal)
-            elif not pal.ready and now_s - pal.probe_s >= AGAIN_S and pal.peer not in self._warm_ops.values():
+                    self._warming.start(pal, self._own)
+            elif not pal.confirmed and now_s - pal.probe_s >= AGAIN_S and pal.peer not in self._warming.peers:
                 pal.probe_s = now_s
-                self._warm(pal)
+                self._warming.start(pal, self._own)
             if pal.peer in self._pals and now_s - pal.beat_s >= self._settings.beat_s:
                 pal.beat_s = now_s
                 held_s = now_s - pal.echo_heard_s if pal.echo_s else 0.0
@@ -389,8 +379,6 @@ class Peers:
 
     def next_s(self, now_s: float) -> float:
         """Seconds until `tick` has something to do."""
-        ending = any(pal.ended_s for pal in self._departed.values())
-        departed_s = DRAIN_S / 4 if ending else AGAIN_S if self._departed else 3600.0
         pals, beat_s = self._pals.values(), self._settings.beat_s
         due = [PROBE_EVERY_S if pal.suspected else max(0.0, pal.beat_s + beat_s - now_s) for pal in pals]
-        return min([departed_s, *due])
+        return min([self._departed.next_s(), *due])

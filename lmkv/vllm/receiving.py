@@ -11,7 +11,6 @@ from typing import Any
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import Outbox
 from lmkv.errors import TransferError
 from lmkv.ids import Epoch, Rank, TransferId
 from lmkv.transfer import events as ev
@@ -46,7 +45,6 @@ class Receiving:
         rank: Rank,
         found: memory.KvMemory,
         peers: Peers,
-        outbox: Outbox,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
@@ -57,10 +55,9 @@ class Receiving:
         self._layers = self._map.layers()
         self._sizes = self._map.layer_block_bytes()
         self._peers = peers
-        self._outbox = outbox
         self._machine = Receiver(ReceiverLimits(deadline_s=settings.deadline_s, lease_s=settings.lease_s))
         self._verifier = Verifier(demanded_ppm(settings, found), Checksums(found))
-        self._landing = LandingSlots(rank, found, peers, outbox, settings.convert_dtype, self._verifier)
+        self._landing = LandingSlots(rank, found, peers, settings.convert_dtype, self._verifier)
         self._landed: dict[_Key, int] = {}
         """Failed in landing mode and not drained: the engine does not wait for that. How many slots each holds."""
         self._specs: dict[_Key, ExpectSpec] = {}
@@ -198,9 +195,7 @@ class Receiving:
         for action in self._machine.handle(event, now_s):
             match action:
                 case ev.SendCancel(peer, tid, epoch):
-                    address = self._peers.address_of(peer)
-                    if address is not None:
-                        self._outbox.send(address, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
+                    self._peers.tell(peer, wire.Cancel(self._peers.own_incarnation, self._rank, tid, epoch))
                 case ev.Report():
                     self._report(action, now_s)
                 case ev.Drained(tid, request_id, epoch):

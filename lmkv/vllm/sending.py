@@ -10,7 +10,6 @@ from typing import Any
 
 from lmkv import wire
 from lmkv.config import ConnectorSettings
-from lmkv.control.mailbox import Outbox
 from lmkv.errors import LmkvError, TransferError, TransportError
 from lmkv.ids import Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer import events as ev
@@ -44,7 +43,6 @@ class Sending:
         transport: Transport,
         found: memory.KvMemory,
         peers: Peers,
-        outbox: Outbox,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._clock = clock
@@ -57,7 +55,6 @@ class Sending:
         self._checksums = Checksums(found)
         self._targets = Targets(found, self._map)
         self._peers = peers
-        self._outbox = outbox
         self._machine = Sender(
             SenderLimits(
                 self._map.layer_block_bytes(),
@@ -170,7 +167,7 @@ class Sending:
             logger.warning("grant of %s dropped: it names %d groups", grant.transfer_id, len(grant.block_ids))
             return
         met = self._peers.met(grant.incarnation)
-        if met is None:
+        if met is None or not self._peers.is_confirmed(grant.incarnation):
             self._early.hold_grant(grant)
             return
         source = self._source(grant.transfer_id)
@@ -206,11 +203,14 @@ class Sending:
             self.credit_came(credit, now_s)
 
     def introduced(self, incarnation: Incarnation, now_s: float) -> None:
-        """The engine has become a peer: what it granted in an older pair is over, what came early is served."""
+        """The engine has become a peer: what it granted in an older pair is over."""
         pair = self._peers.pair_of(incarnation)
         for source in [s for s in self._sources.values() if s.is_void(incarnation, pair)]:
             self._tell(source.fan.revoke("the pair was made anew after its grant"), now_s)
-        for grant in self._early.take_grants(incarnation) if pair is not None else ():
+
+    def confirmed(self, incarnation: Incarnation, now_s: float) -> None:
+        """Grants of the engine may be served from now on: those that came early are."""
+        for grant in self._early.take_grants(incarnation):
             self.grant_came(grant, now_s)
 
     def _forget_if_closed(self, tid: TransferId) -> bool:
@@ -225,7 +225,7 @@ class Sending:
         own = self._peers.own_incarnation
         failed = wire.Failed(own, self._rank, grant.transfer_id, grant.epoch, why)
         for rank in ranks:
-            self._answer(ev.Peer(grant.incarnation, rank), failed)
+            self._peers.tell(ev.Peer(grant.incarnation, rank), failed)
 
     def credit_came(self, credit: wire.Credit, now_s: float) -> None:
         """Grants come from decode's engine, credits from its ranks: either may be first."""
@@ -296,10 +296,10 @@ class Sending:
                     self._seal(action, now_s)
                 case ev.SendFailed(peer, lane, epoch, reason, landed_bytes):
                     own, tid = self._peers.own_incarnation, transfer_of(lane)
-                    self._answer(peer, wire.Failed(own, self._rank, tid, epoch, reason, landed_bytes))
+                    self._peers.tell(peer, wire.Failed(own, self._rank, tid, epoch, reason, landed_bytes))
                 case ev.SendCancelled(peer, lane, epoch):
                     own, tid = self._peers.own_incarnation, transfer_of(lane)
-                    self._answer(peer, wire.Cancelled(own, self._rank, tid, epoch))
+                    self._peers.tell(peer, wire.Cancelled(own, self._rank, tid, epoch))
                 case ev.Finished():
                     self._finished(action, now_s)
 
@@ -325,9 +325,9 @@ class Sending:
         pal = self._peers.find(action.peer)
         if pal is None:
             raise TransferError(f"peer {action.peer} is not connected")
-        if source.grants[action.peer.incarnation, action.epoch].pair != pal.engine.pair:
-            raise TransferError("it was granted before the pair was made anew")
         rect, grant = action.rect, source.grants[action.peer.incarnation, action.epoch]
+        if not pal.confirmed or grant.pair != pal.engine.pair:
+            raise TransferError("it was granted before the pair was made anew")
         source_ids = source.block_ids[rect.group][rect.block_lo : rect.block_hi]
         local, remote = self._targets.extents(pal, rect, source_ids, grant, action.slot)
         trace = source.trace
@@ -361,13 +361,6 @@ class Sending:
             self._transport.notify(pal.transport_id, wire.encode(note))
         except TransportError as error:
             logger.warning("the seal of %s cannot be sent: %s", tid, error)
-
-    def _answer(self, peer: ev.Peer, message: wire.Failed | wire.Cancelled) -> None:
-        address = self._peers.address_of(peer)
-        if address is None:
-            logger.warning("no address of peer %s for %s", peer, type(message).__name__)
-        else:
-            self._outbox.send(address, message)
 
     def _finished(self, action: ev.Finished, now_s: float) -> None:
         """A lane has ended; with the last one the transfer has."""

@@ -93,8 +93,8 @@ class WorkerLoop:
         """Nothing is on its way to the pool."""
         self._ended_s = 0.0
         self._peers = Peers(transport, self._outbox, rank, memory.warm_extents, settings, self._peer_gone, self._holds)
-        self._sending = Sending(settings, rank, transport, memory, self._peers, self._outbox, runtime.clock)
-        self._receiving = Receiving(settings, rank, memory, self._peers, self._outbox, runtime.clock)
+        self._sending = Sending(settings, rank, transport, memory, self._peers, runtime.clock)
+        self._receiving = Receiving(settings, rank, memory, self._peers, runtime.clock)
         self._letters = Letters(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
         self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
         replacing = Replacing(
@@ -339,6 +339,7 @@ class WorkerLoop:
             logger.warning("note of %s dropped: %s", transport_id, error)
             return
         if isinstance(note, wire.WarmNote):
+            self._peers.warm_note_came(transport_id, note)
             return
         if peer is None:
             logger.warning("note of unknown peer %s dropped", transport_id)

@@ -18,7 +18,7 @@ import zmq
 from lmkv import wire
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Epoch, Incarnation, Rank, TransferId, make_incarnation, make_transfer_id
-from lmkv.transport import Completion, OpId, PeerId, Region, open_transport
+from lmkv.transport import Completion, Notification, OpId, PeerId, Region, open_transport
 
 SCRATCH_BYTES = 4096
 PATIENCE_S = 30.0
@@ -131,8 +131,16 @@ class ScriptedPeer:
             if isinstance(event, Completion):
                 self._transport.release(event.op)
                 self._ops.discard(event.op)
+            elif isinstance(event, Notification):
+                self._confirm(wire.decode_note(event.payload))
         for letter in self._inbox.receive():
             self._take(letter.message)
+
+    def _confirm(self, note: wire.Note) -> None:
+        """Else our grants would not be served."""
+        if isinstance(note, wire.WarmNote):
+            told = wire.Warmed(self.incarnation, Rank(0), note.serial, 0)
+            self._outbox.send(self._worker.address, told)
 
     def _take(self, message: wire.Control) -> None:
         worker = self._worker

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 from .broken import BrokenOps
 from .virtual import Process, SteppedRuntime
 
+MEET_BADLY = 0.5
+"""Chance of it, each time that engines meet."""
 At = Callable[[float, Callable[[float], None]], None]
 """Runs an action at a time."""
 
@@ -58,8 +60,7 @@ class Faults:
         for _ in range(rnd.randrange(10, 30)):
             kind = rnd.choice(kinds)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
-        for _ in range(rnd.randrange(0, 4)):  # while engines meet
-            at(now_s + rnd.random() * 0.3, lambda then_s: self._do(self._reset))
+        self._may_meet_badly()
         more = [self._fail_op, self._break_planes] * 2 + [self._break_planes, self._kill_engine, self._power_off]
         for _ in range(rnd.randrange(2, 10)):
             kind = rnd.choice(more)
@@ -101,16 +102,25 @@ class Faults:
         self._rnd.choice(processes).stall(self._rnd.choice([0.02, 0.2, 1.0, 6.0]))
 
     def _slow_mail(self) -> None:
+        self._flap(self._rnd.uniform(0.1, 1.0), 0.05, self._rnd.choice([0, 10, 40]))
+
+    def _flap(self, seconds: float, slow_s: float, breaks: int) -> None:
+        """For so long, part of the mail takes up to `slow_s`, and connections break."""
         faults = self._world.runtime.network.faults
-        faults.slow = 0.3
+        faults.slow, faults.slow_s = 0.3, slow_s
 
         def end() -> None:
             faults.slow = 0.0
 
-        seconds = self._rnd.uniform(0.1, 1.0)
         self._later(seconds, end)
-        for _ in range(self._rnd.choice([0, 10, 40])):
+        for _ in range(breaks):
             self._later(self._rnd.random() * seconds, self._break_mail)
+
+    def _may_meet_badly(self) -> None:
+        """Engines are about to meet (again). Connections break between their Hellos, which come each second, and the
+        answers."""
+        if self._rnd.random() < MEET_BADLY:
+            self._flap(self._rnd.uniform(0.1, 4.0), self._rnd.choice([0.05, 1.5]), self._rnd.randrange(4, 40))
 
     def _reset(self) -> None:
         """Connections between two processes break, once or a few times."""
@@ -131,7 +141,12 @@ class Faults:
         """The two hosts do not reach each other for a while."""
         network = self._world.runtime.network
         network.cut("host0", "host1")
-        self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0]), lambda: network.heal("host0", "host1"))
+
+        def heal() -> None:
+            network.heal("host0", "host1")
+            self._may_meet_badly()
+
+        self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0]), heal)
 
     def _fail_op(self) -> None:
         self._ops.fail_next(self._rnd)
@@ -145,7 +160,9 @@ class Faults:
     def _kill_engine(self) -> None:
         """An engine dies with what it was doing, and another comes to its address."""
         number = self._rnd.randrange(len(self._world.engine_processes()))
-        if not self._world.restart_engine(number):
+        if self._world.restart_engine(number):
+            self._may_meet_badly()
+        else:
             self._later(0.05, self._kill_engine)
 
     def _power_off(self) -> None:
@@ -153,8 +170,13 @@ class Faults:
         noticed = self._world.power_off_engine(self._rnd.randrange(len(self._world.engine_processes())))
         if noticed is None:
             self._later(0.05, self._power_off)
-        else:
-            self._later(self._rnd.choice([1.0, 13.0, 25.0]), noticed)
+            return
+
+        def come_back() -> None:
+            noticed()
+            self._may_meet_badly()
+
+        self._later(self._rnd.choice([1.0, 13.0, 25.0]), come_back)
 
     def _kill_node(self) -> None:
         """A pool node dies and comes back, empty, at its address."""

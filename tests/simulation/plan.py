@@ -12,6 +12,8 @@ CHUNK = 32
 REQUESTS = 334
 FEW_SLOTS_BYTES = 8 << 10
 """Two landing slots a rank."""
+PATIENT = 0.15
+"""Share of stepped worlds in which all that could be loaded has to be, whatever else is drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,10 @@ class WorldPlan:
     """Share of requests whose transfer says something that it must not."""
     slowness: float
     """Of the link between engines (stepped gear)."""
+    slow_ops: float
+    """Share of ops that take long while all others go on (stepped gear)."""
+    stands_still: bool
+    """Devices do while their engine waits in a hook (stepped gear), so that it waits in vain: as one that hangs."""
     stops: float
     """Share of clients that have read enough before the end of their answer."""
     node: dict[str, Any] = field(default_factory=dict)
@@ -52,11 +58,12 @@ class WorldPlan:
 
     @property
     def is_patient(self) -> bool:
-        """Nothing goes wrong, nobody gives up, and there are slots for more than one writer: all that could be loaded
-        has to be."""
+        """Nothing goes wrong, nothing hangs, nobody gives up, and there are slots for more than one writer: all that
+        could be loaded has to be."""
         has_slots = not self.is_unlike or self.settings["landing_bytes"] > FEW_SLOTS_BYTES
         waits = self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
-        return has_slots and waits and not (self.faults or self.updates)
+        hangs = self.stands_still or self.slow_ops > 0
+        return has_slots and waits and not (self.faults or self.updates or hangs)
 
     def describe(self) -> str:
         engines = " ".join(
@@ -69,9 +76,10 @@ class WorldPlan:
 
 
 def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
-    """Every seventh world runs on real threads."""
+    """Every seventh world runs on real threads. Of the others some are made patient, few are by chance."""
     rnd = random.Random(f"world-{seed}")
     threaded = seed % 7 == 3
+    patient = not threaded and random.Random(f"patient-{seed}").random() < PATIENT
     is_unlike = rnd.random() < 0.35
     ranks = rnd.choice([1, 1, 1, 2])
     block = rnd.choice([8, 16, 32])
@@ -119,6 +127,9 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     settings["landing_bytes"] = more.choice([FEW_SLOTS_BYTES, 64 << 10])
     settings["lookup_ms"] = more.choice([20.0, 200.0])
     updates = 0 if threaded else more.choice([0, 0, 0, 1, 2])
+    if patient:
+        settings |= {"hold_s": 120.0, "load_s": 30.0, "landing_bytes": 64 << 10}
+        updates = 0
     if updates:
         settings["on_reset"] = more.choice(["count", "count", "new_epoch"])
     return WorldPlan(
@@ -127,7 +138,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         decodes,
         nodes,
         threaded,
-        faults=rnd.random() < (0.5 if nodes else 0.4),
+        faults=rnd.random() < (0.5 if nodes else 0.4) and not patient,
         is_unlike=is_unlike,
         requests=requests // 3 if threaded else requests,
         gentle_s=rnd.choice([0.01, 0.02, 0.1] if tiny else [0.01, 0.05, 0.2]),
@@ -147,5 +158,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
             "most_lease_s": more.choice([60.0, 60.0, 0.8]),
         },
         slowness=more.choice([1.0, 1.0, 10.0, 40.0]),
+        slow_ops=more.choice([0.0, 0.02, 0.05]) if not patient else 0.0,
+        stands_still=more.random() < 0.25 and not patient,
         settings=settings,
     )

@@ -49,10 +49,8 @@ class SteppedWorld:
         chance = self._device_chance = random.Random(f"device-{plan.seed}")
         self._device_pace_s = chance.choice([0.004, 0.02, 0.02])
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
-        self._devices_stand_still = chance.random() < 0.25
-        """While their engine waits in a hook, so that it waits in vain: as a device does that hangs for a while."""
         self._ops = BrokenOps()
-        self._slow_ops = SlowOps(chance, chance.choice([0.0, 0.02, 0.05]), self.runtime.run_for)
+        self._slow_ops = SlowOps(chance, plan.slow_ops, self.runtime.run_for)
         self.nodes: list[tuple[Process, PoolNode]] = [self._node(i) for i in range(plan.nodes)]
         self._processes: list[Process] = []
         self.engines: list[SimEngine] = []
@@ -72,11 +70,6 @@ class SteppedWorld:
             checked = plan.settings["kv_verify"] == "auto"  # in host memory: all writes
             Faults(self, self._rnd, self.driver.at, self.driver.last_s, self._ops, checked)
         self._plan_updates(random.Random(f"updates-{plan.seed}"))
-
-    @property
-    def hangs(self) -> bool:
-        """Engines wait in a hook for what does not go on meanwhile, and give up what they wait for."""
-        return self._devices_stand_still or self._slow_ops.share > 0
 
     def _plan_updates(self, rnd: random.Random) -> None:
         """Rolling: the weights of one engine after the other."""
@@ -165,7 +158,7 @@ class SteppedWorld:
         watch(engine, self.events)
         self.witness.engine(engine)
         engine.wake = process.start_part("engine", engine).wake
-        if kind.is_async and not self._devices_stand_still:
+        if kind.is_async and not self.plan.stands_still:
             stream = engine.runner.stream
             stream.wake = process.start_part("device", Device(stream, self._device_chance, self._device_pace_s)).wake
         return process, engine

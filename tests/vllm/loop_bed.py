@@ -106,9 +106,10 @@ class Pair:
         self.introduce()
 
     def introduce(self, number: int = 0) -> None:
+        """`number`: of the pair, on both sides."""
         sides = (self.prefill, self.decode)
         for own, other in (sides, sides[::-1]):
-            self.outbox.send(own.loop.address, wire.Introduce(other.card, own.card, number))
+            self.outbox.send(own.loop.address, wire.Introduce(other.card, own.card, number, number))
         for side in sides:
             until(lambda side=side: "" in side.introduced())
 

@@ -63,14 +63,13 @@ class Bench:
         meeting = Meeting(False, receives={Rank(rank): ((2, 4),) for rank in range(ranks)})
         peers = SimpleNamespace(
             met=lambda incarnation: (engine_card, meeting) if incarnation == THEM else None,
-            address_of=lambda peer: self.inbox.address,
+            tell=lambda peer, message: self.outbox.send(self.inbox.address, message),
             own_incarnation=US,
         )
         self.landing = LandingSlots(
             Rank(1),
             self.ours,
             peers,
-            self.outbox,
             False,
             Verifier(ALL_PPM, SimpleNamespace(of=memory.checksum)),  # type: ignore[arg-type]
         )

@@ -1,0 +1,83 @@
+"""Connections are confirmed by their receiver before grants are served over them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+import zmq
+
+from lmkv import wire
+from lmkv.ids import Incarnation, Rank
+from lmkv.transport import (
+    Notification,
+)
+from lmkv.vllm.pal import AGAIN_S, Loss
+
+from .peers_bed import PEER, THEM, Bench
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = Bench(context)
+    yield made
+    made.close()
+    context.term()
+
+
+def test_a_connection_counts_once_the_peer_confirms_it_in_the_pair_that_is_known(bench: Bench) -> None:
+    bench.peers.introduce(msgspec.structs.replace(bench.introduction, pair=2), bench.now_s)
+    bench.run()
+    pal = bench.peers.find(PEER)
+    assert pal is not None and pal.ready and not bench.peers.is_confirmed(THEM)
+    (came,) = [event for event in bench.theirs.transport.poll() if isinstance(event, Notification)]
+    assert wire.decode_note(came.payload) == wire.WarmNote(Incarnation("us"), pal.serial)
+    for serial, number in ((pal.serial, 1), (pal.serial + 1, 2), (pal.serial - 1, 2)):
+        assert not bench.peers.confirmed(wire.Warmed(THEM, Rank(0), serial, number))
+        assert not bench.peers.is_confirmed(THEM)
+    bench.run(AGAIN_S)
+    assert any(isinstance(event, Notification) for event in bench.theirs.transport.poll()), "it asks again"
+    assert bench.peers.confirmed(wire.Warmed(THEM, Rank(0), pal.serial, 2)) and bench.peers.is_confirmed(THEM)
+    assert not bench.peers.confirmed(wire.Warmed(THEM, Rank(0), pal.serial, 2)), "told once"
+    bench.peers.introduce(msgspec.structs.replace(bench.introduction, pair=3), bench.now_s)
+    assert not bench.peers.is_confirmed(THEM)
+
+
+def test_a_connection_is_confirmed_with_our_number_also_if_it_was_first(bench: Bench) -> None:
+    def told() -> list[wire.Warmed]:
+        assert bench.worker.socket.poll(2000)
+        return [x.message for x in bench.worker.receive() if isinstance(x.message, wire.Warmed)]
+
+    name = bench.theirs.transport.name
+    bench.peers.warm_note_came(name, wire.WarmNote(THEM, 7))
+    bench.peers.introduce(msgspec.structs.replace(bench.introduction, ours=5), bench.now_s)
+    bench.run()
+    assert told() == [wire.Warmed(Incarnation("us"), Rank(0), 7, 5)]
+    bench.peers.warm_note_came(name, wire.WarmNote(THEM, 8))
+    bench.run(2)
+    assert told() == [wire.Warmed(Incarnation("us"), Rank(0), 8, 5)]
+
+
+def test_a_pair_that_was_fenced_is_not_taken_up_under_its_number(bench: Bench) -> None:
+    """Our engine introduces the peer once more, and has not heard yet that it is lost: nobody may hear that the old
+    number holds."""
+    numbered = msgspec.structs.replace(bench.introduction, ours=5)
+    bench.peers.introduce(numbered, bench.now_s)
+    bench.run()
+    assert bench.told() == [""]
+    bench.peers.warm_note_came(bench.theirs.transport.name, wire.WarmNote(THEM, 7))
+    bench.peers.transport_lost(bench.theirs.transport.name, "reset")
+    bench.ours.transport.disconnect(bench.theirs.transport.name)
+    assert bench.gone == [(PEER, Loss.FENCED)] and bench.told() == ["reset"]
+    bench.peers.introduce(numbered, bench.now_s)
+    assert bench.told() == ["the pair was lost while it was made"] and bench.peers.find(PEER) is None
+    bench.run()
+    bench.worker.receive()
+    bench.peers.introduce(msgspec.structs.replace(numbered, ours=6), bench.now_s)
+    bench.run()
+    assert bench.told() == [""]
+    assert not any(isinstance(letter.message, wire.Warmed) for letter in bench.worker.receive()), (
+        "of another connection"
+    )
