@@ -161,8 +161,9 @@ class PrefillSide:
         for tid in self.yielding.freed(request_ids):
             self._owners.pop(tid, None)
 
-    def finished(self, request: Any, meta: StepMeta) -> bool:
-        """The request has ended; True: keep its blocks until the workers report finished_sending."""
+    def finished(self, request: Any, meta: StepMeta, loading: bool = False) -> bool:
+        """The request has ended; True: keep its blocks until the workers report finished_sending. `loading`: its prompt
+        was being loaded, so that nothing of it is being sent."""
         prefill = self._requests.pop(request.request_id)
         self._book.update(prefill.transfer_id, finished_s=self._runtime.clock())
         if not prefill.announced:
@@ -171,5 +172,8 @@ class PrefillSide:
             return False
         if not prefill.done:
             meta.withdrawals.append((prefill.transfer_id, f"prefill ended as {request.status.name}"))
+        if loading:
+            self._owners.pop(prefill.transfer_id, None)
+            return False
         self.yielding.held(prefill.request_id, prefill.transfer_id)
         return True

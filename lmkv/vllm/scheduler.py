@@ -288,11 +288,13 @@ class SchedulerSide:
             self._pool.give_up()
 
     def finished(self, request: Any) -> bool:
-        """True: vLLM keeps the blocks until finished_sending."""
+        """True: vLLM keeps the blocks until finished_sending. It asserts that a request is not told as received as well:
+        one that ends while it loads has nothing to send, as it was not computed or has been preempted since."""
         side = self._sides.pop(request.request_id, None)
+        loading = self._pool is not None and self._pool.is_loading(request.request_id)
         pooled = self._pool.finished(request) if self._pool is not None else False
         if side is self._prefill:
-            return self._prefill.finished(request, self._meta) or pooled
+            return self._prefill.finished(request, self._meta, loading) or pooled
         if side is self._decode:
             self._decode.finished(request)
         return pooled

@@ -185,6 +185,8 @@ class WorkerSide:
         if meta.loads:
             loop.submit(Loading(tuple(meta.loads), self._fence()))
         if meta.ended:
+            self._reportable.difference_update(meta.ended)
+            self._sent.difference_update(meta.ended)
             loop.submit(Ended(tuple(meta.ended)))
         self._step = None
         if meta.pushes:

@@ -199,6 +199,10 @@ class Driver:
                     self._go_on(plan, job)
 
         job.on_end = ended
+        if self._odd.random() < self._load.impatient:
+            job.counts = False
+            wait_s = self._odd.random() * self._odd.choice([0.001, 0.01, 0.1])
+            job.on_load = lambda: self.at(self._clock() + wait_s, lambda now_s: engine.abort(job.request_id))
         self.at(now_s + delay_s, lambda then_s: engine.add(job))
         if abort_s >= 0:
             self.at(now_s + delay_s + abort_s, lambda then_s: engine.abort(job.request_id))

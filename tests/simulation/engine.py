@@ -272,6 +272,7 @@ class SimEngine:
             computed = local.pop(request.request_id, 0)
             if external:
                 self._loads[request.request_id] = (computed, computed + external)
+                self.jobs[request.request_id].on_load()
                 self._events["load:into_written"] += self._is_written(
                     set(blocks.get_block_ids()[0][computed // n : -(-(computed + external) // n)])
                 )

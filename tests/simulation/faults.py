@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from .broken import BrokenOps
@@ -34,20 +34,21 @@ class World(Protocol):
 
 
 class Faults:
-    """`at` is the driver's agenda. Every fault ends by itself, so that a world can come to rest."""
+    """`at` is the driver's agenda. `spoils`: bytes may change on their way, which is noticed where all are checked.
+    Every fault ends by itself, so that a world can come to rest."""
 
     def __init__(
-        self, world: World, rnd: random.Random, at: At, until_s: float, ops: BrokenOps, all_checked: bool
+        self, world: World, rnd: random.Random, at: At, until_s: float, ops: BrokenOps, spoils: bool
     ) -> None:
         self._world = world
         self._ops = ops
-        self._all_checked = all_checked
-        """A spoiled byte is noticed."""
+        self._spoils = spoils
         self._rnd = rnd
         self._at = at
         kinds: list[Callable[[], None]] = [
             self._spoil_writes,
             self._spoil_writes,
+            self._hold,
             self._hold,
             self._stall,
             self._slow_mail,
@@ -61,6 +62,7 @@ class Faults:
             kind = rnd.choice(kinds)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
         self._may_meet_badly()
+        at(until_s, lambda then_s: self._do(self._part_all))
         more = [self._fail_op, self._break_planes] * 2 + [self._break_planes, self._kill_engine, self._power_off]
         for _ in range(rnd.randrange(2, 10)):
             kind = rnd.choice(more)
@@ -73,16 +75,16 @@ class Faults:
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         self._at(self._world.runtime.clock() + seconds, lambda now_s: action())
 
-    def _planes(self) -> list[Any]:
-        """Data planes of all that live; those of nodes twice."""
-        processes = [*self._world.engine_processes(), *self._world.node_processes() * 2]
+    def _planes(self, processes: Iterable[Process] = ()) -> list[Any]:
+        """Data planes of these, or of all that live; those of nodes twice."""
+        processes = processes or [*self._world.engine_processes(), *self._world.node_processes() * 2]
         return [plane for process in processes for plane in process.transports.values()]
 
     def _spoil_writes(self) -> None:
         """Some of the coming operations fail, or arrive with a wrong byte."""
         plane = self._rnd.choice(self._planes())
-        if self._rnd.random() < 0.6 and self._all_checked:
-            plane.faults.corrupt_next += self._rnd.randrange(1, 8)
+        if self._rnd.random() < 0.6 and self._spoils:
+            plane.faults.corrupt_next += self._rnd.randrange(1, 20)
         else:
             plane.faults.fail_next += self._rnd.randrange(1, 4)
 
@@ -94,7 +96,7 @@ class Faults:
         def end() -> None:
             plane.faults.hold = False
 
-        self._later(self._rnd.uniform(0.01, 0.5), end)
+        self._later(self._rnd.uniform(0.01, 1.0), end)
 
     def _stall(self) -> None:
         """A process gets no turns."""
@@ -117,10 +119,24 @@ class Faults:
             self._later(self._rnd.random() * seconds, self._break_mail)
 
     def _may_meet_badly(self) -> None:
-        """Engines are about to meet (again). Connections break between their Hellos, which come each second, and the
-        answers."""
+        """Engines are about to meet (again). Connections break, those of the data plane too, between their Hellos,
+        which come each second, and the answers."""
         if self._rnd.random() < MEET_BADLY:
-            self._flap(self._rnd.uniform(0.1, 4.0), self._rnd.choice([0.05, 1.5]), self._rnd.randrange(4, 40))
+            self._meet_badly()
+
+    def _meet_badly(self) -> None:
+        seconds = self._rnd.uniform(0.1, 4.0)
+        self._flap(seconds, self._rnd.choice([0.05, 1.5]), self._rnd.randrange(4, 40))
+        for _ in range(self._rnd.randrange(8)):
+            self._later(self._rnd.random() * seconds, self._break_planes)
+
+    def _part_all(self) -> None:
+        """The last fault: all engines lose each other, and meet badly. No later one mends what goes wrong then."""
+        planes = self._planes(self._world.engine_processes())
+        for i, one in enumerate(planes):
+            for other in planes[:i]:
+                one.break_with(other)
+        self._meet_badly()
 
     def _reset(self) -> None:
         """Connections between two processes break, once or a few times."""
@@ -153,7 +169,7 @@ class Faults:
 
     def _break_planes(self) -> None:
         """A connection of the data plane ends, and both processes live."""
-        planes = self._planes()
+        planes = self._planes() if self._rnd.random() < 0.5 else self._planes(self._world.engine_processes())
         self._rnd.shuffle(planes)
         any(one.break_with(other) for i, one in enumerate(planes) for other in planes[:i] if other is not one)
 

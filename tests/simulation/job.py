@@ -29,6 +29,8 @@ class Job:
     is_given_up: bool = False
     """Its client does not want it any more, if it has not come yet."""
     ended: str = ""
+    on_load: Callable[[], None] = lambda: None
+    """Its prompt, or a part of it, is to be loaded from elsewhere."""
     on_end: Callable[[Job], None] = lambda job: None
 
     @property

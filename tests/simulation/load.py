@@ -44,6 +44,7 @@ class Load:
         self.seed = plan.seed
         self.odd = plan.odd
         self.stops = plan.stops
+        self.impatient = plan.impatient
         self._fresh = 0.3 if plan.nodes else 0.7
         """Share of bursts whose prefix nobody has computed. Where there is a pool, others have computed most."""
         self._bursts, self._chats = (0.35, 0.9) if plan.nodes else (0.55, 0.8)
@@ -117,7 +118,7 @@ class Load:
         else:
             plan.decode_delay_s = rnd.random() * 0.005
         if rnd.random() < self._abort:
-            plan.abort_s = rnd.random() * rnd.choice([0.002, 0.02, 0.1, 0.5])
+            plan.abort_s = rnd.random() * rnd.choice([0.002, 0.02, 0.1, 0.5, 2.0])
         if DIFFERENT and rnd.random() < DIFFERENT:
             plan.prefill_prompt = self._mistaken(plan.prompt)
         if rnd.random() < 0.04:

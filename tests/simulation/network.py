@@ -70,6 +70,10 @@ class Network:
         """Between two polls of a data plane that moves bytes."""
         return self._chance.uniform(20e-6, 400e-6) * self.slowness
 
+    def unlike(self) -> float:
+        """How many times as long bytes take over one process's link as over the fastest."""
+        return self._chance.choice([1.0, 1.0, 1.0, 8.0, 30.0])
+
     def watch(self, due_s: Callable[[], float]) -> int:
         """A descriptor of something that isn't a socket. `due_s` tells from when on it is readable."""
         descriptor = FIRST_DESCRIPTOR + next(self._numbers)

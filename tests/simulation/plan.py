@@ -10,8 +10,8 @@ from .kinds import EngineKind
 
 CHUNK = 32
 REQUESTS = 334
-FEW_SLOTS_BYTES = 8 << 10
-"""Two landing slots a rank."""
+FEW_SLOTS = 2
+"""Landing slots a rank, where there are few."""
 PATIENT = 0.15
 """Share of stepped worlds in which all that could be loaded has to be, whatever else is drawn."""
 
@@ -26,6 +26,8 @@ class WorldPlan:
     nodes: int
     threaded: bool
     faults: bool
+    spoils: bool
+    """Faults may change bytes on their way: all are checked then."""
     is_unlike: bool
     """Decode engines get KV in another layout: it lands in slots and is converted."""
     requests: int
@@ -52,6 +54,8 @@ class WorldPlan:
     """Devices do while their engine waits in a hook (stepped gear), so that it waits in vain: as one that hangs."""
     stops: float
     """Share of clients that have read enough before the end of their answer."""
+    impatient: float
+    """Share of clients that go away while their prompt is loaded."""
     node: dict[str, Any] = field(default_factory=dict)
     """Settings of pool nodes, but for their size."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -60,7 +64,8 @@ class WorldPlan:
     def is_patient(self) -> bool:
         """Nothing goes wrong, nothing hangs, nobody gives up, and there are slots for more than one writer: all that
         could be loaded has to be."""
-        has_slots = not self.is_unlike or self.settings["landing_bytes"] > FEW_SLOTS_BYTES
+        slots = self.settings["landing_bytes"] // self.settings["landing_slot_bytes"]
+        has_slots = not self.is_unlike or slots > FEW_SLOTS
         waits = self.settings["hold_s"] >= 30 and self.settings["load_s"] >= 30
         hangs = self.stands_still or self.slow_ops > 0
         return has_slots and waits and not (self.faults or self.updates or hangs)
@@ -80,16 +85,16 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     rnd = random.Random(f"world-{seed}")
     threaded = seed % 7 == 3
     patient = not threaded and random.Random(f"patient-{seed}").random() < PATIENT
-    is_unlike = rnd.random() < 0.35
+    is_unlike = rnd.random() < 0.4
     ranks = rnd.choice([1, 1, 1, 2])
-    block = rnd.choice([8, 16, 32])
+    block = rnd.choice([8, 16, 32, 32])
     both = rnd.random() < 0.2
-    nodes = rnd.choice([1, 1, 2]) if rnd.random() < 0.5 else 0
-    tiny = rnd.random() < (0.7 if nodes else 0.5)
+    nodes = rnd.choice([1, 1, 2]) if rnd.random() < 0.6 else 0
+    tiny = rnd.random() < 0.75
     more = random.Random(f"more-{seed}")
 
     def kind(role: str, block_tokens: int, count: int) -> EngineKind:
-        tokens = rnd.choice([576, 576, 704]) if tiny else rnd.choice([3000, 6000])
+        tokens = rnd.choice([512, 576, 704]) if tiny else rnd.choice([3000, 6000])
         return EngineKind(
             "kv_both" if both else role,
             block_tokens,
@@ -103,13 +108,12 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
             overcommits=tiny and more.random() < 0.5,
         )
 
-    other_block = rnd.choice([8, 16, 32, 64]) if is_unlike else block
+    other_block = rnd.choice([8, 8, 16, 32, 64]) if is_unlike else block
     other_ranks = 3 - ranks if is_unlike and (other_block == block or rnd.random() < 0.4) else ranks
     prefills = tuple(kind("kv_producer", block, ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
     decodes = tuple(kind("kv_consumer", other_block, other_ranks) for _ in range(rnd.choice([1, 1, 2, 3])))
     settings: dict[str, Any] = {
         "chunk_tokens": CHUNK,
-        "landing_slot_bytes": 4096,
         "min_post_bytes": rnd.choice([1, 2048, 1 << 20]),
         "max_post_bytes": rnd.choice([1024, 4096, 1 << 20]),
         "max_inflight_bytes": rnd.choice([2048, 16384, 1 << 20]),
@@ -124,38 +128,42 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
     settings["kv_verify_share"] = 0.3
     if settings["kv_verify"] != "auto":
         settings["hold_s"] = 120.0  # else such engines refuse each other
-    settings["landing_bytes"] = more.choice([FEW_SLOTS_BYTES, 64 << 10])
+    slot_bytes = settings["landing_slot_bytes"] = more.choice([4096, 16384])
+    settings["landing_bytes"] = slot_bytes * more.choice([FEW_SLOTS, FEW_SLOTS, 4, 16])
     settings["lookup_ms"] = more.choice([20.0, 200.0])
     updates = 0 if threaded else more.choice([0, 0, 0, 1, 2])
     if patient:
-        settings |= {"hold_s": 120.0, "load_s": 30.0, "landing_bytes": 64 << 10}
+        settings |= {"hold_s": 120.0, "load_s": 30.0, "landing_bytes": 16 * slot_bytes}
         updates = 0
     if updates:
         settings["on_reset"] = more.choice(["count", "count", "new_epoch"])
+    faults = rnd.random() < 0.55 and not patient
     return WorldPlan(
         seed,
         prefills,
         decodes,
         nodes,
         threaded,
-        faults=rnd.random() < (0.5 if nodes else 0.4) and not patient,
+        faults=faults,
+        spoils=faults and settings["kv_verify"] == "auto" and more.random() < 0.6,
         is_unlike=is_unlike,
         requests=requests // 3 if threaded else requests,
         gentle_s=rnd.choice([0.01, 0.02, 0.1] if tiny else [0.01, 0.05, 0.2]),
         pd=rnd.choice([0.3, 0.5, 0.7] if tiny else [0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.4) else 0.0,
-        abort=rnd.choice([0.0, 0.05, 0.1, 0.25]),
+        abort=rnd.choice([0.05, 0.1, 0.2, 0.4]),
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
-        node_kib=rnd.choice([96, 192, 1024, 8192]),
+        node_kib=rnd.choice([96, 96, 192, 192, 1024, 8192]),
         outputs=more.choice([(4, 8, 24, 40), (12, 24, 48), (24, 64, 120)]) if tiny else (1, 2, 3, 5, 8, 16),
         longest=320 if tiny else 600,
         updates=updates,
-        odd=more.choice([0.0, 0.02]),
+        odd=more.choice([0.0, 0.05]),
         stops=more.choice([0.0, 0.1, 0.5]),
+        impatient=more.choice([0.0, 0.1, 0.3]),
         node={
             "policy": more.choice(["lru", "s3fifo"]),
-            "write_lease_s": more.choice([30.0, 30.0, 0.02]),
-            "most_lease_s": more.choice([60.0, 60.0, 0.8]),
+            "write_lease_s": more.choice([30.0, 0.02]),
+            "most_lease_s": more.choice([60.0, 0.8]),
         },
         slowness=more.choice([1.0, 1.0, 10.0, 40.0]),
         slow_ops=more.choice([0.0, 0.02, 0.05]) if not patient else 0.0,

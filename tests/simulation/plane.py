@@ -18,6 +18,7 @@ class SteppedPlane(InprocTransport):
         parts = urlsplit(url)
         super().__init__(name, parts.netloc, dict(parse_qsl(parts.query)))
         self._network = network
+        self._pace = network.unlike()
         self._broken: set[str] = set()
         """Peers to which the connection has broken, until that has been told."""
         self._due_s = float("inf")
@@ -66,7 +67,7 @@ class SteppedPlane(InprocTransport):
     def _want(self) -> None:
         """A poll, soon."""
         now_s = self._network.now()
-        pace_s = self._network.pace_s()
+        pace_s = self._network.pace_s() * self._pace
         if self.faults.stall or self.faults.hold or self.faults.cut:
             pace_s = max(pace_s, 0.01)
         self._due_s = min(self._due_s, now_s + pace_s)

@@ -45,7 +45,7 @@ class SteppedWorld:
         self._rnd = random.Random(f"run-{plan.seed}")
         self.runtime = SteppedRuntime(plan.seed)
         self.runtime.network.slowness = plan.slowness
-        self.witness = Witness(self.fail, self.events, strict=not plan.faults)
+        self.witness = Witness(self.fail, self.events, plan.faults, plan.spoils)
         chance = self._device_chance = random.Random(f"device-{plan.seed}")
         self._device_pace_s = chance.choice([0.004, 0.02, 0.02])
         self.runtime.late = chance.choice([0.0, 0.02, 0.1])
@@ -67,8 +67,7 @@ class SteppedWorld:
         )
         self.driver.wake = self.runtime.process("clients").start_part("driver", self.driver).wake
         if plan.faults:
-            checked = plan.settings["kv_verify"] == "auto"  # in host memory: all writes
-            Faults(self, self._rnd, self.driver.at, self.driver.last_s, self._ops, checked)
+            Faults(self, self._rnd, self.driver.at, self.driver.last_s, self._ops, plan.spoils)
         self._plan_updates(random.Random(f"updates-{plan.seed}"))
 
     def _plan_updates(self, rnd: random.Random) -> None:

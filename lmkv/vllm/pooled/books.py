@@ -32,6 +32,7 @@ class PoolBooks:
 
     def bind(self, meta: StepMeta) -> None:
         self._stores = tuple(meta.stores)
+        self.storing.difference_update(meta.overwritten)
         for spec in meta.stores:
             self.storing.add(spec.request_id)
             self._packing[spec.request_id] += 1

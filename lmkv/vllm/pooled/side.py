@@ -276,6 +276,7 @@ class PoolSide:
             pooled = self._requests.get(request_id)
             if pooled is not None and pooled.stored:
                 meta.overwritten.append(request_id)
+                pooled.stored = False  # nothing is read from its new blocks until it stores again
         for request_id, computed in scheduled(output):
             self._advance(meta, output, request_id, computed)
 
@@ -336,6 +337,11 @@ class PoolSide:
             pooled.storable = False
             if pooled.loading is None:
                 self._let_go(pooled)
+
+    def is_loading(self, request_id: RequestId) -> bool:
+        """vLLM waits for its finished_recving."""
+        pooled = self._requests.get(request_id)
+        return pooled is not None and pooled.loading is not None
 
     def finished(self, request: Any) -> bool:
         """The request has ended. True: its blocks stay until the workers report it as sent."""

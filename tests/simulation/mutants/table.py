@@ -147,7 +147,7 @@ WORKER = (
         "landing slots are lent on when a cancel is sent, not when it is answered",
         "lmkv/vllm/receiving.py",
         "case ev.SendCancel(peer, tid, epoch):\n",
-        "case ev.SendCancel(peer, tid, epoch):\n                    self._landing.close(tid)\n",
+        "case ev.SendCancel(peer, tid, epoch):\n                    self._landing.close(tid, epoch)\n",
         needs="unlike",
     ),
     Mutant(
