@@ -99,6 +99,7 @@ class PrefillSide:
             meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, prompt, report=False))
             meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
         self._orphans.clear()
+        self.yielding.ran(output.num_scheduled_tokens)
         giving_way = self.yielding.chosen(output.total_num_scheduled_tokens, self._runtime.clock())
         if giving_way is not None:
             meta.yields.append(giving_way)

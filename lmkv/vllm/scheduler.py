@@ -244,6 +244,8 @@ class SchedulerSide:
 
     def allocated(self, request: Any, blocks: Any, external_tokens: int) -> None:
         self._prefill.yielding.served()
+        if external_tokens:
+            self._prefill.yielding.loads(request.request_id)
         self._sources.allocated(request, blocks, external_tokens, self._sides.get(request.request_id) is self._decode)
 
     def build_meta(self, output: Any) -> StepMeta:
@@ -258,6 +260,7 @@ class SchedulerSide:
 
     def take_output(self, output: Any) -> None:
         self._prefill.freed(output.finished_sending or set())
+        self._prefill.yielding.loaded(output.finished_recving or ())
         meta = output.kv_connector_worker_meta
         if not isinstance(meta, WorkerMeta):
             return
@@ -288,9 +291,10 @@ class SchedulerSide:
             self._pool.give_up()
 
     def finished(self, request: Any) -> bool:
-        """True: vLLM keeps the blocks until finished_sending. It asserts that a request is not told as received as well:
-        one that ends while it loads has nothing to send, as it was not computed or has been preempted since."""
+        """True: vLLM keeps the blocks until finished_sending. It asserts that none is told as received as well: a request
+        that ends while it loads has nothing to send, as it was not computed, or has been preempted since."""
         side = self._sides.pop(request.request_id, None)
+        self._prefill.yielding.ran((request.request_id,))
         loading = self._pool is not None and self._pool.is_loading(request.request_id)
         pooled = self._pool.finished(request) if self._pool is not None else False
         if side is self._prefill:

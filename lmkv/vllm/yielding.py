@@ -9,6 +9,8 @@ Engine thread only.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lmkv.ids import RequestId, TransferId
 
 YIELD_S = 1.0
@@ -16,14 +18,18 @@ YIELD_S = 1.0
 
 
 class Yielding:
-    """Follows vLLM's scheduling: `asked` and `served` for each waiting request that vLLM looks at, `chosen` at the end
-    of each step."""
+    """Follows vLLM's scheduling: `asked` and `served` for each waiting request that vLLM looks at; `loads`, `loaded` and
+    `ran` for those whose KV comes from elsewhere; `chosen` at the end of each step."""
 
     def __init__(self) -> None:
         self._held: dict[RequestId, TransferId] = {}
         """Ended requests whose blocks wait to be sent, the oldest first."""
         self._tried: set[RequestId] = set()
         self._wanting: RequestId | None = None
+        self._loading: set[RequestId] = set()
+        self._loaded: set[RequestId] = set()
+        """Requests whose KV has come and that have not run since. vLLM does not ask for them again: it looks for blocks
+        for the rest of their tokens at once."""
         self._stuck_s: float | None = None
         """Since when nothing has run although a request wanted blocks."""
 
@@ -45,13 +51,27 @@ class Yielding:
         """It has found them."""
         self._wanting = None
 
+    def loads(self, request_id: RequestId) -> None:
+        """It waits for KV from elsewhere."""
+        self._loading.add(request_id)
+
+    def loaded(self, request_ids: Iterable[RequestId]) -> None:
+        """The KV of these has come, or will not."""
+        self._loaded |= self._loading.intersection(request_ids)
+        self._loading.difference_update(request_ids)
+
+    def ran(self, request_ids: Iterable[RequestId]) -> None:
+        """They are computed, or have ended."""
+        self._loading.difference_update(request_ids)
+        self._loaded.difference_update(request_ids)
+
     def chosen(self, tokens: int, now_s: float) -> TransferId | None:
         """The transfer that is to give way, if any. `tokens`: how many the step computes.
 
         The newest comes first: decode takes requests in their order, so it will ask for that one last.
         """
         wanting, self._wanting = self._wanting, None
-        if tokens or wanting is None or not self._held:
+        if tokens or not (wanting is not None or self._loaded) or not self._held:
             self._stuck_s = None
             return None
         if self._stuck_s is None:

@@ -140,7 +140,7 @@ class Driver:
 
     def probe(self, prefill: SimEngine, decode: SimEngine) -> None:
         """One handover of a fresh prompt."""
-        plan = RequestPlan(self._clock(), self._load.fresh(80), 1, "pd")
+        plan = RequestPlan(self._clock(), self._load.fresh(80), 1, "pd", stays=True)
         self._hand_over(
             plan, f"{next(self._numbers)}-probe", f"{self._odd.getrandbits(128):032x}", prefill, decode, True, plan.at_s
         )
@@ -160,7 +160,7 @@ class Driver:
 
         # A client that goes takes both halves along; either may also end alone (an error of its engine), and decode's
         # may never be sent (the router has died).
-        ends = self._rnd.choice(("pd", "p", "d", "p-alone")) if plan.abort_s >= 0 else ""
+        ends = self._rnd.choice(("pd", "pd", "p", "d", "d", "p-alone")) if plan.abort_s >= 0 else ""
         job = self._job(plan, f"d{number}", params("decode", prefill))
         if first:
             theirs = plan.prefill_prompt or plan.prompt
@@ -199,7 +199,7 @@ class Driver:
                     self._go_on(plan, job)
 
         job.on_end = ended
-        if self._odd.random() < self._load.impatient:
+        if not plan.stays and self._odd.random() < self._load.impatient:
             job.counts = False
             wait_s = self._odd.random() * self._odd.choice([0.001, 0.01, 0.1])
             job.on_load = lambda: self.at(self._clock() + wait_s, lambda now_s: engine.abort(job.request_id))

@@ -37,9 +37,7 @@ class Faults:
     """`at` is the driver's agenda. `spoils`: bytes may change on their way, which is noticed where all are checked.
     Every fault ends by itself, so that a world can come to rest."""
 
-    def __init__(
-        self, world: World, rnd: random.Random, at: At, until_s: float, ops: BrokenOps, spoils: bool
-    ) -> None:
+    def __init__(self, world: World, rnd: random.Random, at: At, until_s: float, ops: BrokenOps, spoils: bool) -> None:
         self._world = world
         self._ops = ops
         self._spoils = spoils

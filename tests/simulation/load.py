@@ -32,6 +32,8 @@ class RequestPlan:
     """What the prefill engine has in place of `prompt`."""
     counts: bool = True
     """What it could load has to be loaded, where nothing goes wrong."""
+    stays: bool = False
+    """Its client does not go away, whatever is drawn."""
     turns: int = 0
     """Further turns of a chat that follow its answer."""
 

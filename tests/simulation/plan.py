@@ -150,7 +150,7 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         requests=requests // 3 if threaded else requests,
         gentle_s=rnd.choice([0.01, 0.02, 0.1] if tiny else [0.01, 0.05, 0.2]),
         pd=rnd.choice([0.3, 0.5, 0.7] if tiny else [0.5, 0.8, 1.0]) if not (nodes and rnd.random() < 0.4) else 0.0,
-        abort=rnd.choice([0.05, 0.1, 0.2, 0.4]),
+        abort=rnd.choice([0.05, 0.1, 0.25]),
         late=rnd.choice([0.05, 0.2, 0.4]),
         transport=f"inproc://?piece_bytes={rnd.choice([256, 1024, 4096, 1 << 20])}",
         node_kib=rnd.choice([96, 96, 192, 192, 1024, 8192]),

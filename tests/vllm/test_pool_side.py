@@ -21,6 +21,7 @@ from lmkv.ids import Incarnation, Rank
 from lmkv.obs.ledger import LedgerBook
 from lmkv.pool.node import PoolNode
 from lmkv.vllm.pooled.adapters import Adapters
+from lmkv.vllm.pooled.books import PoolBooks
 from lmkv.vllm.pooled.side import PoolSide
 from lmkv.vllm.specs import LoadReport
 
@@ -216,6 +217,24 @@ def test_after_a_preemption_the_pool_is_asked_again(bed: SideBed) -> None:
     fill(bed, request, 3)
     request.num_preemptions = 1
     assert bed.found(request) == 3 * CHUNK
+
+
+def test_a_preempted_request_that_ends_while_it_loads_is_not_told_as_sent(bed: SideBed) -> None:
+    """vLLM frees its blocks when it is told as received, and asserts that it still knows who is told as sent."""
+    request = make_request("r", 3 * CHUNK)
+    bed.side.new_request(request, False)
+    assert bed.found(request) == 0
+    books = PoolBooks((BLOCK,))
+    books.bind(bed.step(request, 0, 3 * CHUNK))
+    assert books.storing == {"r"}
+    books.bind(bed.step(request, 0, 0, preempted=("r",)))
+    assert books.storing == set()
+    fill(bed, request, 3)
+    request.num_preemptions = 1
+    assert bed.found(request) == 3 * CHUNK
+    bed.side.allocated(request, bed.blocks(), (0, 3 * CHUNK))
+    assert bed.side.is_loading(request.request_id)
+    assert bed.side.finished(request) is False and not bed.side.is_loading(request.request_id)
 
 
 @pytest.mark.parametrize(

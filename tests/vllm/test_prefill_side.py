@@ -35,17 +35,20 @@ class Bench:
     def request(self, name: str) -> Any:
         return SimpleNamespace(request_id=name, num_prompt_tokens=32, status=SimpleNamespace(name="FINISHED"))
 
-    def step(self, *names: str) -> StepMeta:
-        meta = StepMeta()
-        output = SimpleNamespace(
-            preempted_req_ids=(),
+    def output(self, *names: str, preempted: tuple[str, ...] = ()) -> Any:
+        """vLLM's, of a step that computes these."""
+        return SimpleNamespace(
+            preempted_req_ids=preempted,
             scheduled_new_reqs=[SimpleNamespace(req_id=name, num_computed_tokens=0) for name in names],
             scheduled_cached_reqs=SimpleNamespace(req_ids=[], num_computed_tokens=[]),
             num_scheduled_tokens=dict.fromkeys(names, 32),
             total_num_scheduled_tokens=32 * len(names),
             kv_connector_block_state=SimpleNamespace(get_block_ids=lambda name: ([1, 2],)),
         )
-        self.side.fill(meta, output)
+
+    def step(self, *names: str) -> StepMeta:
+        meta = StepMeta()
+        self.side.fill(meta, self.output(*names))
         return meta
 
     def compute(self, name: str) -> Any:
@@ -78,6 +81,20 @@ def test_the_id_of_a_request_that_never_ran_is_free_again(bench: Bench) -> None:
     aborted = bench.request("aborted")
     assert bench.side.new_request(aborted, PARAMS)
     assert not bench.side.finished(aborted, StepMeta())
+    assert bench.side.new_request(bench.request("again"), PARAMS)
+
+
+def test_a_half_that_ends_while_it_loads_is_not_held(bench: Bench) -> None:
+    """It was preempted, and is loaded from the pool: vLLM frees its blocks when it is told as received."""
+    half = bench.request("half")
+    assert bench.side.new_request(half, PARAMS)
+    bench.step("half")
+    preempted = StepMeta()
+    bench.side.fill(preempted, bench.output(preempted=("half",)))
+    assert preempted.preempted == [PARAMS.transfer_id]
+    meta = StepMeta()
+    assert not bench.side.finished(half, meta, loading=True)
+    assert [tid for tid, _ in meta.withdrawals] == [PARAMS.transfer_id]
     assert bench.side.new_request(bench.request("again"), PARAMS)
 
 

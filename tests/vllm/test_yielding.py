@@ -58,3 +58,14 @@ def test_an_engine_that_computes_or_finds_blocks_is_not_stuck() -> None:
 def test_an_idle_engine_is_not_stuck() -> None:
     yielding = with_two()
     assert [yielding.chosen(0, i * YIELD_S) for i in range(3)] == [None, None, None]
+
+
+def test_a_request_whose_kv_has_come_wants_blocks_although_vllm_does_not_ask_again() -> None:
+    """It has a part of its KV from the pool, and finds no block for the rest."""
+    yielding, c = with_two(), RequestId("c")
+    yielding.loads(c)
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(3)] == [None, None, None], "it loads"
+    yielding.loaded({c, RequestId("aborted before")})
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(3, 6)] == [None, "tb", "ta"]
+    yielding.ran({c})
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(6, 9)] == [None, None, None]
