@@ -291,7 +291,7 @@ class SchedulerSide:
             self._pool.give_up()
 
     def finished(self, request: Any) -> bool:
-        """True: vLLM keeps the blocks until finished_sending. It asserts that none is told as received as well: a request
+        """True: vLLM keeps the blocks until finished_sending. It asserts that none is told as received as well: one
         that ends while it loads has nothing to send, as it was not computed, or has been preempted since."""
         side = self._sides.pop(request.request_id, None)
         self._prefill.yielding.ran((request.request_id,))

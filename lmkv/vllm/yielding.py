@@ -18,8 +18,8 @@ YIELD_S = 1.0
 
 
 class Yielding:
-    """Follows vLLM's scheduling: `asked` and `served` for each waiting request that vLLM looks at; `loads`, `loaded` and
-    `ran` for those whose KV comes from elsewhere; `chosen` at the end of each step."""
+    """Follows vLLM's scheduling: `asked` and `served` for each waiting request that vLLM looks at; `loads`, `loaded`
+    and `ran` for those whose KV comes from elsewhere; `chosen` at the end of each step."""
 
     def __init__(self) -> None:
         self._held: dict[RequestId, TransferId] = {}

@@ -57,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--worlds", type=int, default=300, help="how many (300)")
     parser.add_argument("--seed", type=int, default=0, help="the first one's (0)")
-    parser.add_argument("--requests", type=int, default=None, help="requests a world (334)")
+    parser.add_argument("--requests", type=int, default=None, help="requests a world (380)")
     parser.add_argument("--processes", type=int, default=2, help="side by side (2)")
     parser.add_argument("--trace", action="store_true", help="show what lmkv logs; one process")
     parser.add_argument("--out", default="", help="write the report as JSON")

@@ -55,13 +55,15 @@ class Faults:
             self._cut,
             self._kill_node,
         ]
+        if spoils:
+            kinds += [self._spoil_writes] * 3
         now_s = world.runtime.clock()
         for _ in range(rnd.randrange(10, 30)):
             kind = rnd.choice(kinds)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
         self._may_meet_badly()
         at(until_s, lambda then_s: self._do(self._part_all))
-        more = [self._fail_op, self._break_planes] * 2 + [self._break_planes, self._kill_engine, self._power_off]
+        more = [self._fail_op, self._break_planes] * 2 + [self._break_planes, self._kill_engine] + [self._power_off] * 3
         for _ in range(rnd.randrange(2, 10)):
             kind = rnd.choice(more)
             at(rnd.uniform(now_s, until_s), lambda then_s, kind=kind: self._do(kind))
@@ -158,9 +160,11 @@ class Faults:
 
         def heal() -> None:
             network.heal("host0", "host1")
+            if self._rnd.random() < 0.5:
+                self._break_planes()  # its kernel has given it up meanwhile
             self._may_meet_badly()
 
-        self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0]), heal)
+        self._later(self._rnd.choice([0.05, 0.5, 3.0, 12.0, 12.0]), heal)
 
     def _fail_op(self) -> None:
         self._ops.fail_next(self._rnd)
@@ -190,7 +194,7 @@ class Faults:
             noticed()
             self._may_meet_badly()
 
-        self._later(self._rnd.choice([1.0, 13.0, 25.0]), come_back)
+        self._later(self._rnd.choice([1.0, 13.0, 25.0, 25.0]), come_back)
 
     def _kill_node(self) -> None:
         """A pool node dies and comes back, empty, at its address."""

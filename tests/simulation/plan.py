@@ -9,7 +9,7 @@ from typing import Any
 from .kinds import EngineKind
 
 CHUNK = 32
-REQUESTS = 334
+REQUESTS = 380
 FEW_SLOTS = 2
 """Landing slots a rank, where there are few."""
 PATIENT = 0.15
@@ -162,11 +162,11 @@ def draw(seed: int, requests: int = REQUESTS) -> WorldPlan:
         impatient=more.choice([0.0, 0.1, 0.3]),
         node={
             "policy": more.choice(["lru", "s3fifo"]),
-            "write_lease_s": more.choice([30.0, 0.02]),
+            "write_lease_s": more.choice([30.0, 0.02, 0.005]),
             "most_lease_s": more.choice([60.0, 0.8]),
         },
         slowness=more.choice([1.0, 1.0, 10.0, 40.0]),
-        slow_ops=more.choice([0.0, 0.02, 0.05]) if not patient else 0.0,
+        slow_ops=more.choice([0.0, 0.05, 0.1]) if not patient else 0.0,
         stands_still=more.random() < 0.25 and not patient,
         settings=settings,
     )
