@@ -25,7 +25,7 @@ from .virtual import Process, SteppedRuntime
 from .watch import watch
 from .witness import Witness
 
-LIMIT_S = 3600.0
+LIMIT_S = 4 * 3600.0
 """Virtual seconds until every request has to have ended: more than the longest deadline."""
 DRAIN_S = 900.0
 UPDATE_S = 60.0
