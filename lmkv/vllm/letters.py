@@ -65,6 +65,8 @@ class Letters:
                 self._engine = message.own.address
                 self._peers.introduce(message, now_s)
                 self._sending.introduced(message.card.incarnation, now_s)
+                if self._peers.is_confirmed(message.card.incarnation):  # as where no rank of it is written to
+                    self._sending.confirmed(message.card.incarnation, now_s)
             case wire.Dismiss():
                 self._peers.dismiss(message.incarnation, message.dead)
             case wire.PoolName() if self._pool is not None:

@@ -76,7 +76,7 @@ class Warming:
     # --- theirs ---
 
     def note_came(self, transport_id: PeerId, serial: int) -> None:
-        self._notes[transport_id] = serial
+        self._notes[transport_id] = max(serial, self._notes.get(transport_id, 0))  # notes overtake each other
         self._notes.move_to_end(transport_id)
         while len(self._notes) > MOST_NOTES:
             self._notes.popitem(last=False)

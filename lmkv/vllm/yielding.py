@@ -52,7 +52,8 @@ class Yielding:
         self._wanting = None
 
     def loads(self, request_id: RequestId) -> None:
-        """It waits for KV from elsewhere."""
+        """It waits for KV from elsewhere (again, if what was tried first has failed)."""
+        self._loaded.discard(request_id)
         self._loading.add(request_id)
 
     def loaded(self, request_ids: Iterable[RequestId]) -> None:

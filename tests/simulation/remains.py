@@ -42,7 +42,8 @@ def _of_worker(worker: Any) -> dict[str, int]:
         "transfers that are being sent": loop._sending._machine.active,
         "transfers that are being received": loop._receiving._machine.active,
         "landing slots lent": (landing._slots.count if landing._slots else 0) - landing._ring.free,
-        "operations in flight": loop._transport.in_flight,
+        # A peer that is lost without proof is probed each second: that is none of what remains.
+        "operations in flight": loop._transport.in_flight - len(loop._peers._warming._ops),
         "commands": len(loop._commands),
         "fences": len(loop._fences),
     }

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 import zmq
 
 from lmkv import wire
-from lmkv.ids import Incarnation, Rank
+from lmkv.ids import EngineName, Incarnation, Rank
 from lmkv.transport import (
     Notification,
 )
+from lmkv.vllm.letters import Letters
 from lmkv.vllm.pal import AGAIN_S, Loss
 
 from .peers_bed import PEER, THEM, Bench
@@ -81,3 +84,17 @@ def test_a_pair_that_was_fenced_is_not_taken_up_under_its_number(bench: Bench) -
     assert not any(isinstance(letter.message, wire.Warmed) for letter in bench.worker.receive()), (
         "of another connection"
     )
+
+
+def test_grants_are_served_at_once_where_no_connection_is_needed() -> None:
+    """Other ranks have the heads that decode needs: nobody confirms anything to this one."""
+    served: list[Incarnation] = []
+    peers = SimpleNamespace(introduce=lambda message, now_s: None, is_confirmed=lambda incarnation: True)
+    sending = SimpleNamespace(
+        introduced=lambda incarnation, now_s: None, confirmed=lambda incarnation, now_s: served.append(incarnation)
+    )
+    nothing: Any = SimpleNamespace()
+    card = wire.EngineCard(EngineName("e"), THEM, "tcp://127.0.0.1:1", "decode", {}, {}, (16,), ())
+    letters = Letters(Rank(1), peers, sending, nothing, None, nothing)  # type: ignore[arg-type]
+    letters.take(wire.Introduce(card, card), 0.0)
+    assert served == [THEM]

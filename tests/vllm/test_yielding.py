@@ -67,5 +67,8 @@ def test_a_request_whose_kv_has_come_wants_blocks_although_vllm_does_not_ask_aga
     assert [yielding.chosen(0, i * YIELD_S) for i in range(3)] == [None, None, None], "it loads"
     yielding.loaded({c, RequestId("aborted before")})
     assert [yielding.chosen(0, i * YIELD_S) for i in range(3, 6)] == [None, "tb", "ta"]
+    yielding.loads(c)
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(6, 9)] == [None, None, None], "it loads from elsewhere now"
+    yielding.loaded({c})
     yielding.ran({c})
-    assert [yielding.chosen(0, i * YIELD_S) for i in range(6, 9)] == [None, None, None]
+    assert [yielding.chosen(0, i * YIELD_S) for i in range(9, 12)] == [None, None, None]
