@@ -23,7 +23,7 @@ DEPARTED_S = 600.0
 
 
 class Fate(Enum):
-    """What is to be done with one of them."""
+    """Says what is to be done with a departed peer."""
 
     DEAD = auto()
     """Nothing of it is on its way any more."""
@@ -38,9 +38,6 @@ class Departed:
         self._quarantine_s = quarantine_s
         self._holds = holds
         self._pals: dict[Peer, Pal] = {}
-
-    def __contains__(self, peer: Peer) -> bool:
-        return peer in self._pals
 
     def __iter__(self) -> Iterator[Pal]:
         return iter(self._pals.values())
@@ -86,7 +83,7 @@ class Departed:
             logger.info("peer %s (incarnation %s) has ended: %s", pal.name, pal.peer.incarnation, how)
 
     def watch(self, now_s: float) -> Iterator[tuple[Pal, Fate]]:
-        """What is due. Those that are dead or forgotten are not among the departed any more."""
+        """Yields the peers with which something is to be done. The dead and the forgotten have been taken out then."""
         for peer, pal in list(self._pals.items()):
             if not pal.ended_s and now_s - pal.looked_s >= AGAIN_S:
                 pal.looked_s = now_s

@@ -47,7 +47,7 @@ class Pal:
     peer: Peer
     transport_id: PeerId
     serial: int
-    """Of our connection to it, this time."""
+    """Numbers our connection to it: each introduction has another."""
     heard_s: float
     ready: bool = False
     """It has been warmed."""

@@ -43,7 +43,8 @@ class Warming:
         return next(self._serials)
 
     def remote(self, worker: wire.WorkerCard) -> Extents:
-        """Where it is warmed and probed: as many bytes as our own scratch has. Raises ConnectError."""
+        """Returns the bytes of a peer that warming and probing write to, as many as our own scratch has. Raises
+        ConnectError."""
         if worker.scratch_kind not in list(MemoryKind):
             raise ConnectError(f"its scratch lies in {worker.scratch_kind!r}", hint=f"known: {', '.join(MemoryKind)}")
         if not (0 <= worker.scratch_address < 1 << 63 and 0 <= worker.scratch_device < 1 << 31):

@@ -185,6 +185,7 @@ class WorkerSide:
         if meta.loads:
             loop.submit(Loading(tuple(meta.loads), self._fence()))
         if meta.ended:
+            # vLLM hears of them as received: to tell them as sent, too, would stop it (see SchedulerSide.finished).
             self._reportable.difference_update(meta.ended)
             self._sent.difference_update(meta.ended)
             loop.submit(Ended(tuple(meta.ended)))

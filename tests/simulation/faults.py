@@ -11,7 +11,7 @@ from .broken import BrokenOps
 from .virtual import Process, SteppedRuntime
 
 MEET_BADLY = 0.5
-"""Chance of it, each time that engines meet."""
+"""The chance that connections break while engines meet, drawn for each meeting."""
 At = Callable[[float, Callable[[float], None]], None]
 """Runs an action at a time."""
 

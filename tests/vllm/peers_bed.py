@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+from collections.abc import Iterator
 from dataclasses import replace
 
 import msgspec
@@ -123,3 +125,12 @@ class Bench:
         self.theirs.transport.abort()
         for thing in (self.outbox, self.engine, self.worker):
             thing.close()
+
+
+@contextlib.contextmanager
+def running_bench() -> Iterator[Bench]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    made = Bench(context)
+    yield made
+    made.close()
+    context.term()

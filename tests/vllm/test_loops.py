@@ -204,6 +204,13 @@ def test_a_revoke_that_comes_before_its_offer_is_not_lost(pair: Pair) -> None:
 # --- cut off, and back ---
 
 
+def reset_connection(pair: Pair) -> None:
+    """The data plane's connection between the two breaks (tcp://)."""
+    name = pair.prefill.loop._transport.name
+    channel = pair.decode.loop._transport._peers[name].initiator.channel  # type: ignore[attr-defined]
+    channel.socket.shutdown(socket.SHUT_RDWR)
+
+
 def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
     """Over tcp://, which closes both directions. The old grant is void, the next one is served."""
     pair = Pair("tcp://127.0.0.1:0", lease_s=5.0)
@@ -212,9 +219,7 @@ def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
         pair.grant(T, INTO)
         pair.offer(T)
         pair.compute(T, FROM[:2], last=False)
-        name = pair.prefill.loop._transport.name
-        channel = pair.decode.loop._transport._peers[name].initiator.channel  # type: ignore[attr-defined]
-        channel.socket.shutdown(socket.SHUT_RDWR)
+        reset_connection(pair)
         assert pair.report(T).outcome == "failed"
         for side in (pair.decode, pair.prefill):
             until(lambda side=side: any(side.introduced()))
@@ -239,9 +244,7 @@ def test_a_number_that_is_over_by_the_time_of_the_connection_serves_no_grant() -
     pair = Pair("tcp://127.0.0.1:0", lease_s=5.0)
     prefill, decode = pair.prefill, pair.decode
     try:
-        name = prefill.loop._transport.name
-        channel = decode.loop._transport._peers[name].initiator.channel  # type: ignore[attr-defined]
-        channel.socket.shutdown(socket.SHUT_RDWR)
+        reset_connection(pair)
         for side in (decode, prefill):
             until(lambda side=side: any(side.introduced()))
         pair.outbox.send(decode.loop.address, wire.Introduce(prefill.card, decode.card, 1, 1))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import zmq
 
 from lmkv import wire
 from lmkv.ids import Incarnation, Rank
@@ -23,16 +22,13 @@ from lmkv.transport import (
 from lmkv.vllm.departed import DEPARTED_S
 from lmkv.vllm.pal import AGAIN_S, Loss
 
-from .peers_bed import PEER, THEM, Bench
+from .peers_bed import PEER, THEM, Bench, running_bench
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    made = Bench(context)
-    yield made
-    made.close()
-    context.term()
+    with running_bench() as made:
+        yield made
 
 
 def test_introduced_warmed_and_beating(bench: Bench) -> None:

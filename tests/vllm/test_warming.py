@@ -8,26 +8,20 @@ from typing import Any
 
 import msgspec
 import pytest
-import zmq
 
 from lmkv import wire
 from lmkv.ids import EngineName, Incarnation, Rank
-from lmkv.transport import (
-    Notification,
-)
+from lmkv.transport import Notification
 from lmkv.vllm.letters import Letters
 from lmkv.vllm.pal import AGAIN_S, Loss
 
-from .peers_bed import PEER, THEM, Bench
+from .peers_bed import PEER, THEM, Bench, running_bench
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    made = Bench(context)
-    yield made
-    made.close()
-    context.term()
+    with running_bench() as made:
+        yield made
 
 
 def test_a_connection_counts_once_the_peer_confirms_it_in_the_pair_that_is_known(bench: Bench) -> None:
