@@ -92,11 +92,13 @@ class Introduce(Message, frozen=True, tag=True):
 
 
 class Introduced(Message, frozen=True, tag=True):
-    """Worker to its own engine. `error` is empty on success."""
+    """Worker to its own engine. `error` is empty on success. `pair` and `ours` as in the Introduce that it answers."""
 
     rank: Rank
     incarnation: Incarnation
     error: str = ""
+    pair: int = 0
+    ours: int = 0
 
 
 class Replaced(Message, frozen=True, tag=True):

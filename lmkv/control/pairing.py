@@ -187,14 +187,17 @@ class Pairing:
             peer.unlike = reason
         return self._refused_by(address, reason)
 
-    def introduced(self, rank: Rank, incarnation: Incarnation, error: str, now_s: float) -> list[Action]:
-        """A worker has connected to a peer, could not, or has lost it."""
-        peer = self._peers.get(incarnation)
-        if peer is None:
+    def introduced(self, told: wire.Introduced, now_s: float) -> list[Action]:
+        """A worker has connected to a peer, could not, or has lost it. What it tells of an older pair is over."""
+        peer = self._peers.get(told.incarnation)
+        if peer is None or told.ours != self.number(peer.card.address):
             return []
-        if error:
-            return self._forget(incarnation, dead=False, reason=f"rank {rank}: {error}", now_s=now_s)
-        peer.introduced.add(rank)
+        if told.error:
+            reason = f"rank {told.rank}: {told.error}"
+            return self._forget(told.incarnation, dead=False, reason=reason, now_s=now_s)
+        if told.pair != peer.pair:
+            return []
+        peer.introduced.add(told.rank)
         if peer.ready or len(peer.introduced) < len(self.card.workers):
             return []
         peer.ready = True

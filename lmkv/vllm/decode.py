@@ -202,7 +202,7 @@ class DecodeSide:
         transfer.exact = card is None or self._endpoint.is_exact(card)
         transfer.state, transfer.loader = _State.LOADING, request.request_id
         transfer.block_ids = tuple(i for r in ranges for i in r.ids if i)
-        self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, ranges, tokens, theirs))
+        self._expects.append(ExpectSpec(tid, request.request_id, epoch, incarnation, number, ranges, tokens, theirs))
         self._book.update(
             tid,
             granted_s=now_s,

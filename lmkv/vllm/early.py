@@ -14,7 +14,8 @@ _GRANTS = 1024
 
 
 class Early:
-    """Credits whose grant has not come, and grants of engines that have not confirmed our connections.
+    """Credits whose grant has not come, and grants of pairs that are not known yet or whose connections are not
+    confirmed.
 
     The two sides of a pair become ready one after the other, and a grant takes another way than the introduction.
     """

@@ -244,7 +244,7 @@ class EngineEndpoint:
                     actions = pairing.refuse(message.address, message.reason)
                     logger.error("pairing refused by %s: %s", message.address, message.reason)
                 case wire.Introduced():
-                    actions = pairing.introduced(message.rank, message.incarnation, message.error, now_s)
+                    actions = pairing.introduced(message, now_s)
                 case wire.Replaced():
                     actions, lost = pairing.replaced(message.rank, message.export)
                     self._wanted |= dict.fromkeys(lost, now_s + _WANTED_FOR_S)

@@ -82,7 +82,8 @@ class Failures:
         reason = f"{type(message).__name__}: {BUG}"
         if isinstance(message, wire.Introduce):
             incarnation = message.card.incarnation
-            self._outbox.send(message.own.address, wire.Introduced(self._rank, incarnation, reason))
+            told = wire.Introduced(self._rank, incarnation, reason, message.pair, message.ours)
+            self._outbox.send(message.own.address, told)
         else:
             incarnation = getattr(message, "incarnation", Incarnation(""))
         self._peers.part(incarnation, reason)

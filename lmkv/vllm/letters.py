@@ -38,8 +38,6 @@ class Letters:
         self._receiving = receiving
         self._pool = pool
         self._outbox = outbox
-        self._engine = ""
-        """Our engine's address, once it has written to us."""
 
     def take(self, message: wire.Control, now_s: float) -> None:
         match message:
@@ -62,7 +60,6 @@ class Letters:
             case wire.Cancelled() | wire.Failed():
                 self._receiving.answer_came(message, now_s)
             case wire.Introduce():
-                self._engine = message.own.address
                 self._peers.introduce(message, now_s)
                 self._sending.introduced(message.card.incarnation, now_s)
                 if self._peers.is_confirmed(message.card.incarnation):  # as where no rank of it is written to
@@ -70,13 +67,13 @@ class Letters:
             case wire.Dismiss():
                 self._peers.dismiss(message.incarnation, message.dead)
             case wire.PoolName() if self._pool is not None:
-                self._engine = message.address
+                self._peers.engine_address = message.address
                 self._pool.named(message)
             case _:
                 logger.warning("a worker does not take %s", type(message).__name__)
 
     def say_broken(self) -> None:
         """The loop has failed: its engine hears of it even if it takes no step. Closes the outbox."""
-        if self._engine:
-            self._outbox.send(self._engine, wire.Broken(self._rank, BROKEN.format(self._rank)))
+        if self._peers.engine_address:
+            self._outbox.send(self._peers.engine_address, wire.Broken(self._rank, BROKEN.format(self._rank)))
             self._outbox.close(GOODBYE_MS)

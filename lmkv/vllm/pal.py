@@ -28,14 +28,22 @@ class Loss(Enum):
 class Engine:
     """An engine that we were introduced to, and how our rank deals with it."""
 
-    card: wire.EngineCard
+    introduction: wire.Introduce
     meeting: Meeting
-    address: str
-    """Of our own engine, which wants to hear how it goes."""
     introduced_s: float
-    pair: int = 0
-    """Its number of the pair: grants with another one are void."""
-    ours: int = 0
+
+    @property
+    def card(self) -> wire.EngineCard:
+        return self.introduction.card
+
+    @property
+    def pair(self) -> int:
+        """Its number of the pair: grants with another one are void."""
+        return self.introduction.pair
+
+    @property
+    def ours(self) -> int:
+        return self.introduction.ours
 
 
 @dataclass(slots=True)

@@ -56,6 +56,8 @@ class Peers:
         self._settings = settings
         self._gone = gone
         self._own = Incarnation("")
+        self.engine_address = ""
+        """Our engine's, once it has written to us."""
         self._engines: dict[Incarnation, Engine] = {}
         self._pals: dict[Peer, Pal] = {}
         self._by_transport: dict[PeerId, Peer] = {}
@@ -64,7 +66,7 @@ class Peers:
         self._leaving: set[PeerId] = set()
         self._exports: dict[PeerId, bytes] = {}
         self._fenced: OrderedDict[Peer, int] = OrderedDict()
-        """With our number of the pair that was lost."""
+        """With our number of the last pair that was lost so."""
 
     # --- questions ---
 
@@ -74,7 +76,7 @@ class Peers:
 
     @property
     def warming(self) -> bool:
-        return any(peer in self._pals for peer in self._warming.peers)
+        return not self._warming.serials.isdisjoint(pal.serial for pal in self._pals.values())
 
     def is_probe(self, op: OpId) -> bool:
         """The operation is ours (warming or probing)."""
@@ -94,9 +96,9 @@ class Peers:
         pal = self._pals.get(peer) if peer is not None else None
         return peer if pal is not None and pal.transport_id == transport_id else None
 
-    def is_fenced(self, peer: Peer) -> bool:
-        """It is lost, and nothing that it had posted lands any more."""
-        return peer in self._fenced
+    def is_fenced(self, peer: Peer, pair: int) -> bool:
+        """Nothing lands any more that it writes for a grant of `pair` (our number) or of an older one."""
+        return self._fenced.get(peer, -1) >= pair
 
     def pair_of(self, incarnation: Incarnation) -> int | None:
         """The number that grants of this peer must carry; None when it is not (any more) a peer."""
@@ -128,7 +130,7 @@ class Peers:
 
     def introduce(self, message: wire.Introduce, now_s: float) -> None:
         own, card = message.own, message.card
-        self._own = own.incarnation
+        self._own, self.engine_address = own.incarnation, own.address
         known = self._engines.get(card.incarnation)
         if known is not None and (known.card, known.pair, known.ours) == (card, message.pair, message.ours):
             self._tell_if_ready(card.incarnation)
@@ -137,13 +139,13 @@ class Peers:
             self.dismiss(card.incarnation, dead=False)
         self._departed.note_successor(card, now_s)
         try:
-            engine = Engine(card, meeting(own, card, self._rank), own.address, now_s, message.pair, message.ours)
+            engine = Engine(message, meeting(own, card, self._rank), now_s)
             if self._is_over(engine):
-                self._tell_engine(own.address, card.incarnation, "the pair was lost while it was made")
+                self._tell_engine(message, "the pair was lost while it was made")
                 return
             pals = [self._connect(engine, rank, now_s) for rank in engine.meeting.ranks]
         except (TransportError, LayoutError) as error:
-            self._tell_engine(own.address, card.incarnation, f"cannot connect to {card.name!r}: {error}")
+            self._tell_engine(message, f"cannot connect to {card.name!r}: {error}")
             return
         self._engines[card.incarnation] = engine
         for pal in pals:
@@ -156,14 +158,13 @@ class Peers:
         """A rank was fenced in this pair, which our engine did not know yet: what was granted in it may have been given
         to others, so nobody may hear that it goes on."""
         peers = (Peer(engine.card.incarnation, rank) for rank in engine.meeting.ranks)
-        return any(self._fenced.get(peer, -1) >= engine.ours for peer in peers)
+        return any(self.is_fenced(peer, engine.ours) for peer in peers)
 
     def _connect(self, engine: Engine, rank: Rank, now_s: float) -> Pal:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
         self._warming.remote(worker)  # what cannot be warmed is refused before it is connected
         self._departed.take(peer)
-        self._fenced.pop(peer, None)
         self._let_go()
         old = [t for t, p in self._by_transport.items() if p == peer]
         transport_id = next((t for t in old if self._exports.get(t) == worker.export), None)
@@ -181,7 +182,7 @@ class Peers:
     def _tell_if_ready(self, incarnation: Incarnation) -> None:
         engine = self._engines[incarnation]
         if all(self._pals[Peer(incarnation, rank)].ready for rank in engine.meeting.ranks):
-            self._tell_engine(engine.address, incarnation, "")
+            self._tell_engine(engine.introduction, "")
 
     def warm_note_came(self, transport_id: PeerId, note: wire.WarmNote) -> None:
         """A peer has connected to us, and asks for a confirmation. It may come before we are introduced."""
@@ -207,11 +208,12 @@ class Peers:
 
     def completed(self, op: OpId, error: TransportError | None, now_s: float) -> bool:
         """True if the operation was ours (warming or probing)."""
-        peer = self._warming.ended(op)
-        if peer is None:
+        ended = self._warming.ended(op)
+        if ended is None:
             return False
+        peer, serial = ended
         pal = self._pals.get(peer)
-        if pal is None:
+        if pal is None or pal.serial != serial:
             return True
         if error is not None:
             logger.warning("peer %s: %s", pal.name, error)
@@ -263,7 +265,7 @@ class Peers:
         for rank in engine.meeting.ranks:
             other = self._pals.pop(Peer(incarnation, rank))
             self._part(other, loss if other is pal else Loss.SILENT)
-        self._tell_engine(engine.address, incarnation, reason)
+        self._tell_engine(engine.introduction, reason)
 
     def _part(self, pal: Pal, loss: Loss) -> None:
         """The pair is over. Without proof the peer is watched on."""
@@ -277,12 +279,14 @@ class Peers:
         peer = pal.peer
         if loss is Loss.FENCED:
             self._fenced[peer] = pal.engine.ours
+            self._fenced.move_to_end(peer)
             while len(self._fenced) > 1024:
                 self._fenced.popitem(last=False)
         self._gone(peer, loss)
 
     def replaced(self, export: bytes) -> None:
-        """Our data plane was made anew: nothing of the old connections lands any more. All peers have to come again.
+        """Our data plane was made anew: nothing of the old connections lands any more. All peers have to come again:
+        our engine is told what they are to connect to.
 
         A process of this host may copy into our memory without any connection (CMA, CUDA IPC): what such a peer holds
         stays in quarantine until it answers or its process has ended.
@@ -292,7 +296,6 @@ class Peers:
         self._leaving.clear()
         self._warming.clear()
         lost = [*self._departed, *self._pals.values()]
-        address = next((pal.engine.address for pal in lost), "")
         self._engines.clear()
         self._pals.clear()
         self._departed.clear()
@@ -302,11 +305,11 @@ class Peers:
             if near:
                 self._departed.add(pal, pal.parted_s or pal.heard_s)
             self._end(pal, Loss.SILENT if near else Loss.FENCED)
-        if address:
-            self._outbox.send(address, wire.Replaced(self._rank, export))
+        if self.engine_address:
+            self._outbox.send(self.engine_address, wire.Replaced(self._rank, export))
 
     def _watch_departed(self, now_s: float) -> None:
-        probing = self._warming.peers
+        probing = self._warming.serials
         for pal, fate in self._departed.watch(now_s):
             match fate:
                 case Fate.DEAD:
@@ -314,7 +317,7 @@ class Peers:
                     self._end(pal, Loss.DEAD)
                 case Fate.FORGOTTEN:
                     self._leave(pal)
-                case Fate.PROBED if pal.transport_id in self._by_transport and pal.peer not in probing:
+                case Fate.PROBED if pal.transport_id in self._by_transport and pal.serial not in probing:
                     pal.probe_s = now_s
                     self._warming.start(pal, self._own)
 
@@ -333,8 +336,11 @@ class Peers:
             self._by_transport.pop(transport_id, None)
             self._exports.pop(transport_id, None)
 
-    def _tell_engine(self, address: str, incarnation: Incarnation, error: str) -> None:
-        self._outbox.send(address, wire.Introduced(self._rank, incarnation, error))
+    def _tell_engine(self, introduction: wire.Introduce, error: str) -> None:
+        """How this introduction goes, or how it has ended."""
+        pair, ours = introduction.pair, introduction.ours
+        told = wire.Introduced(self._rank, introduction.card.incarnation, error, pair, ours)
+        self._outbox.send(introduction.own.address, told)
 
     # --- heartbeats ---
 
@@ -369,7 +375,7 @@ class Peers:
                     self._lose(pal, Loss.SILENT, "its process has ended")
                 else:
                     self._warming.start(pal, self._own)
-            elif not pal.confirmed and now_s - pal.probe_s >= AGAIN_S and pal.peer not in self._warming.peers:
+            elif not pal.confirmed and now_s - pal.probe_s >= AGAIN_S and pal.serial not in self._warming.serials:
                 pal.probe_s = now_s
                 self._warming.start(pal, self._own)
             if pal.peer in self._pals and now_s - pal.beat_s >= self._settings.beat_s:

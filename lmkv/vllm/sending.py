@@ -166,8 +166,8 @@ class Sending:
         if len(grant.block_ids) != len(self._layers) or len(grant.first_block) != len(self._layers):
             logger.warning("grant of %s dropped: it names %d groups", grant.transfer_id, len(grant.block_ids))
             return
-        met = self._peers.met(grant.incarnation)
-        if met is None or not self._peers.is_confirmed(grant.incarnation):
+        met, pair = self._peers.met(grant.incarnation), self._peers.pair_of(grant.incarnation)
+        if met is None or pair is None or grant.pair > pair or not self._peers.is_confirmed(grant.incarnation):
             self._early.hold_grant(grant)
             return
         source = self._source(grant.transfer_id)
@@ -175,7 +175,7 @@ class Sending:
         source.grants.setdefault((grant.incarnation, grant.epoch), grant)
         source.trace.granted_s = source.trace.granted_s or now_s
         card, ranks = met[0], sorted(met[1].sends)
-        if grant.pair != self._peers.pair_of(grant.incarnation) and len(source.grants) == 1:
+        if grant.pair != pair and len(source.grants) == 1:
             logger.info("grant of %s dropped: it is from before the pair was made anew", grant.transfer_id)
             self._fail_other(grant, ranks, "it was granted before the pair was made anew")
             self._tell(source.fan.withdraw("its grant is from before the pair was made anew"), now_s)

@@ -50,6 +50,8 @@ class ExpectSpec:
     request_id: RequestId
     epoch: Epoch
     incarnation: Incarnation
+    pair: int
+    """Our number of the pair in which it was granted."""
     blocks: tuple[BlockRange, ...]
     tokens: tuple[int, int] = (0, 0)
     """The granted tokens, half-open."""

@@ -31,7 +31,8 @@ class Warming:
     def __init__(self, transport: Transport, scratch: Extents) -> None:
         self._transport = transport
         self._scratch = scratch
-        self._ops: dict[OpId, Peer] = {}
+        self._ops: dict[OpId, tuple[Peer, int]] = {}
+        """Whom each warms, and the serial of the connection: one that has ended may keep its operations for long."""
         self._serials = itertools.count(1)
         self._notes: OrderedDict[PeerId, int] = OrderedDict()
         """The last note that came over each connection. The peer may have connected before we were introduced."""
@@ -60,19 +61,19 @@ class Warming:
             # A death is told by PeerLost with the next poll, anything else ends as silence.
             logger.debug("peer %s cannot be reached: %s", pal.name, error)
             return
-        self._ops[op] = pal.peer
+        self._ops[op] = pal.peer, pal.serial
 
-    def ended(self, op: OpId) -> Peer | None:
-        """Whom it was to warm; None if it is not ours."""
+    def ended(self, op: OpId) -> tuple[Peer, int] | None:
+        """Whom it was to warm, over which connection (its serial); None if it is not ours."""
         return self._ops.pop(op, None)
 
     def is_ours(self, op: OpId) -> bool:
         return op in self._ops
 
     @property
-    def peers(self) -> set[Peer]:
-        """Those that are being warmed."""
-        return set(self._ops.values())
+    def serials(self) -> set[int]:
+        """The connections that are being warmed."""
+        return {serial for _, serial in self._ops.values()}
 
     # --- theirs ---
 

@@ -59,7 +59,7 @@ def test_the_worker_half_gives_up_what_a_dead_loop_had(world: SteppedRuntime, de
     side, began_s = worker_side(dead), world.clock()
     meta = StepMeta(
         offers=[OfferSpec(TID, RequestId("sent"), Prompt(b"p" * 16, 64))],
-        expects=[ExpectSpec(TID, RequestId("expected"), Epoch(1), Incarnation("x"), ())],
+        expects=[ExpectSpec(TID, RequestId("expected"), Epoch(1), Incarnation("x"), 0, ())],
         loads=[LoadSpec(RequestId("loaded"), NAMESPACE, (0, 64), (BlockRange(0, 0, (1,)),), (), 0.0)],
         preempted=[TID],
         overwritten=[REQUEST],

@@ -24,6 +24,17 @@ def same_model(ours: wire.EngineCard, theirs: wire.EngineCard) -> None:
         raise CompatError("model", ours.must["model"], theirs.must["model"], hint="serve one model")
 
 
+def answer(introduction: wire.Introduce, rank: Rank, error: str = "") -> wire.Introduced:
+    return wire.Introduced(rank, introduction.card.incarnation, error, introduction.pair, introduction.ours)
+
+
+def tell(machine: Pairing, incarnation: str, error: str, now_s: float, rank: int = 0) -> list[Action]:
+    """A worker tells of the pair that the machine knows."""
+    peer = machine._peers.get(Incarnation(incarnation))
+    pair, ours = (peer.pair, machine.number(peer.card.address)) if peer is not None else (0, 0)
+    return machine.introduced(wire.Introduced(Rank(rank), Incarnation(incarnation), error, pair, ours), now_s)
+
+
 class Net:
     """Delivers what the machines send; workers answer every Introduce at once unless `deaf`."""
 
@@ -32,6 +43,7 @@ class Net:
         self.answers: list[wire.Control] = []
         self.dismissed: list[Incarnation] = []
         self.sent: list[wire.Control] = []
+        self.workers_heard: list[wire.Control] = []
         self.worker_error = ""
         self.deaf = False
 
@@ -43,9 +55,10 @@ class Net:
                     target = self.machines.get(address)
                     if target is not None:
                         self.do(target, self._deliver(target, message))
-                case ToWorkers(wire.Introduce() as message) if not self.deaf:
-                    for worker in machine.card.workers:
-                        told = machine.introduced(worker.rank, message.card.incarnation, self.worker_error, 0.0)
+                case ToWorkers(wire.Introduce() as message):
+                    self.workers_heard.append(message)
+                    for worker in machine.card.workers if not self.deaf else ():
+                        told = machine.introduced(answer(message, worker.rank, self.worker_error), 0.0)
                         self.do(machine, told)
                 case ToWorkers(wire.Dismiss(incarnation, _)):
                     self.dismissed.append(incarnation)
@@ -85,9 +98,9 @@ def test_welcome_waits_for_every_worker() -> None:
     a, b, net = pair(ranks=2)
     net.deaf = True
     net.do(a, a.want(B, 0.0))
-    b.introduced(Rank(0), Incarnation("a1"), "", 0.0)
+    tell(b, "a1", "", 0.0)
     assert b.state(A)[0] is PairState.PENDING
-    actions = b.introduced(Rank(1), Incarnation("a1"), "", 0.0)
+    actions = tell(b, "a1", "", 0.0, rank=1)
     assert actions == [ToEngine(A, wire.Welcome(b.card, 1, 1))] and b.state(A)[0] is PairState.READY
 
 
@@ -123,7 +136,7 @@ def test_a_restarted_peer_replaces_its_older_incarnation() -> None:
 def test_a_lost_pair_is_found_again() -> None:
     a, _, net = pair()
     net.do(a, a.want(B, 0.0))
-    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "silent", 10.0))
+    net.do(a, tell(a, "b1", "silent", 10.0))
     assert a.state(B)[0] is PairState.PENDING and net.dismissed == [Incarnation("b1")]
     assert a.want(B, 10.5) == []
     net.do(a, a.want(B, 11.0))
@@ -140,8 +153,43 @@ def test_a_worker_that_cannot_connect_refuses_the_pair() -> None:
 
 def test_news_of_unknown_peers_is_ignored() -> None:
     a, _, _ = pair()
-    assert a.introduced(Rank(0), Incarnation("nobody"), "", 0.0) == []
-    assert a.introduced(Rank(0), Incarnation("nobody"), "lost", 0.0) == []
+    assert tell(a, "nobody", "", 0.0) == []
+    assert tell(a, "nobody", "lost", 0.0) == []
+
+
+def introductions(net: Net) -> list[wire.Introduce]:
+    return [message for message in net.workers_heard if isinstance(message, wire.Introduce)]
+
+
+@pytest.mark.parametrize("error", ["", "connection lost"])
+def test_what_a_worker_tells_of_an_older_pair_is_over(error: str) -> None:
+    """One rank of A loses B, while the other's word of the old pair, good or bad, is still on its way."""
+    a, _, net = pair(ranks=2)
+    net.do(a, a.want(B, 0.0))
+    (old,) = [m for m in introductions(net) if m.card.incarnation == "b1"]
+    net.do(a, tell(a, "b1", "connection lost", 5.0))
+    net.deaf = True
+    net.do(a, a.hello(card(B, "b1", ranks=2), old.pair))
+    new = [m for m in introductions(net) if m.card.incarnation == "b1"][-1]
+    assert (old.ours, new.ours) == (1, 2)
+    assert a.introduced(answer(new, Rank(0)), 7.0) == []
+    assert a.introduced(answer(old, Rank(1), error), 7.0) == []
+    assert a.state(B)[0] is PairState.PENDING and a.knows(Incarnation("b1")), "rank 1 has not come so far"
+    a.introduced(answer(new, Rank(1)), 7.0)
+    assert a.state(B)[0] is PairState.READY
+
+
+def test_a_worker_that_was_ready_for_the_others_older_number_is_not_for_its_newer_one() -> None:
+    """B has lost A and says so, while A still hears of the pair before: B would serve no grant over that connection."""
+    a, _, net = pair()
+    net.do(a, a.want(B, 0.0))
+    (old,) = [m for m in introductions(net) if m.card.incarnation == "b1"]
+    net.deaf = True
+    net.do(a, a.hello(card(B, "b1"), 9))
+    a.introduced(answer(old, Rank(0)), 1.0)
+    assert a.state(B)[0] is PairState.PENDING
+    net.do(a, a.introduced(answer(old, Rank(0), "connection lost"), 2.0))
+    assert not a.knows(Incarnation("b1")), "but a loss is one: our number has not changed since"
 
 
 # --- an engine whose card changes (its weights have another name) ---
@@ -187,8 +235,8 @@ def test_a_card_that_changes_while_the_pair_is_made() -> None:
     net.deaf = True
     net.do(a, a.want(B, 0.0, (b"router", "t")))
     renewed(a, net, "m+1")
-    net.do(b, b.introduced(Rank(0), Incarnation("a1"), "", 1.0))
-    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "", 1.0))
+    net.do(b, tell(b, "a1", "", 1.0))
+    net.do(a, tell(a, "b1", "", 1.0))
     assert a.state(B)[0] is PairState.REFUSED and b.state(A)[0] is PairState.REFUSED
 
 
@@ -208,7 +256,7 @@ def test_a_side_that_was_cut_off_makes_the_pair_anew_and_voids_its_grants() -> N
     net.do(a, a.want(B, 0.0))
     assert a.state(B)[0] is b.state(A)[0] is PairState.READY
     assert (a.number(B), b.number(A)) == (1, 1)
-    net.do(a, a.introduced(Rank(0), Incarnation("b1"), "connection lost", 5.0))
+    net.do(a, tell(a, "b1", "connection lost", 5.0))
     assert a.state(B)[0] is PairState.PENDING and a.number(B) == 2
     net.dismissed.clear()
     net.do(a, a.want(B, 7.0))
@@ -242,9 +290,9 @@ def test_a_number_that_the_other_has_missed_is_told_again() -> None:
     hello = b.want(A, 0.0)
     net.do(b, hello)
     assert a.state(B)[0] is b.state(A)[0] is PairState.READY
-    a.introduced(Rank(0), Incarnation("b1"), "lost", 1.0)
+    tell(a, "b1", "lost", 1.0)
     (old,) = b.want(A, 2.0) or [ToEngine(A, wire.Hello(b.card, b.number(A)))]
-    b.introduced(Rank(0), Incarnation("a1"), "lost", 3.0)
+    tell(b, "a1", "lost", 3.0)
     net.do(b, [old])
     assert a.state(B)[0] is b.state(A)[0] is PairState.READY
     assert a._peers[Incarnation("b1")].pair == b.number(A) == 2, "grants of B carry the number that A serves"

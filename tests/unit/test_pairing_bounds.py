@@ -30,7 +30,7 @@ def test_addresses_without_a_peer_are_forgotten() -> None:
     machine = make()
     kept = card(1)
     machine.hello(kept)
-    machine.introduced(Rank(0), kept.incarnation, "", 0.0)
+    machine.introduced(wire.Introduced(Rank(0), kept.incarnation, ours=machine.number(kept.address)), 0.0)
     for number in range(1000):
         machine.want(f"tcp://127.0.0.1:{2000 + number}", 0.0, (b"who", "token"))
         machine.refuse(f"tcp://127.0.0.1:{4000 + number}", "no")
@@ -50,6 +50,7 @@ def test_an_engine_with_many_peers_refuses_more() -> None:
     assert isinstance(action, ToEngine) and isinstance(action.message, wire.Refuse)
     # One that has restarted takes its own place, and one that is lost makes room.
     assert any(isinstance(action, ToWorkers) for action in machine.hello(card(99, port=1001)))
-    machine.introduced(Rank(0), Incarnation("i2"), "silent", 1.0)
+    lost = machine._peers[Incarnation("i2")].card.address
+    machine.introduced(wire.Introduced(Rank(0), Incarnation("i2"), "silent", ours=machine.number(lost)), 1.0)
     assert any(isinstance(action, ToWorkers) for action in machine.hello(card(11)))
     assert len(machine._peers) == 10

@@ -73,7 +73,7 @@ class Bench:
             False,
             Verifier(ALL_PPM, SimpleNamespace(of=memory.checksum)),  # type: ignore[arg-type]
         )
-        self.spec = ExpectSpec(TID, RequestId("r"), Epoch(1), THEM, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),))
+        self.spec = ExpectSpec(TID, RequestId("r"), Epoch(1), THEM, 0, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),))
         self.landing.open(self.spec)
 
     def credits(self) -> list[int]:
@@ -186,5 +186,5 @@ def test_slots_come_back_with_the_end(bench: Bench) -> None:
     bench.landing.close(TID, Epoch(1))
     bench.landing.open(bench.spec)
     assert set(bench.credits()) <= {0, 1, 2, 3} and len(held) == 2
-    unknown = ExpectSpec(TID, RequestId("r"), Epoch(1), Incarnation("gone"), (), (0, 0), ((0, 1),))
+    unknown = ExpectSpec(TID, RequestId("r"), Epoch(1), Incarnation("gone"), 0, (), (0, 0), ((0, 1),))
     assert bench.landing.writers(unknown) is None and bench.landing.payload_bytes(unknown, (2,)) == 0

@@ -231,13 +231,41 @@ def test_a_pair_that_was_cut_off_works_again_without_a_restart() -> None:
         assert pair.ledger(T)["outcome"] in ("failed", "peer_lost")
         assert torch.equal(pair.decode.kv, before), "a grant from before the pair was made anew is void"
         again = TransferId("u" * 32)
-        pair.expect(again, INTO)
+        pair.expect(again, INTO, number=1)
         pair.grant(again, INTO, pair=1)
         pair.offer(again)
         pair.compute(again, FROM)
         assert pair.report(again).outcome == "loaded"
     finally:
         pair.close()
+
+
+@pytest.mark.parametrize(("number", "drained"), [(0, True), (1, False)])
+def test_a_fence_counts_for_the_pair_that_was_lost_and_for_no_later_one(
+    number: int, drained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank hears of a grant when it has no such peer: of the pair before, nothing lands any more. Of a later one,
+    which it has not been introduced to, other ranks of prefill may know."""
+    pair = Pair("tcp://127.0.0.1:0", lease_s=5.0)
+    try:
+        reset_connection(pair)
+        monkeypatch.setattr(pair.decode.loop._receiving, "answer_came", lambda *_: None)  # no Cancelled comes
+        pair.expect(T, INTO, number=number)
+        report = pair.report(T)
+        assert (report.outcome, report.drained) == ("failed", drained)
+    finally:
+        pair.close()
+
+
+def test_a_grant_that_comes_before_its_pair_is_kept_for_it(pair: Pair) -> None:
+    """Decode has made the pair anew, and its grant overtakes the introduction to it."""
+    pair.grant(T, INTO, pair=1)
+    pair.offer(T)
+    pair.compute(T, FROM)
+    until(lambda: T in pair.prefill.loop._sending._sources and pair.prefill.loop._sending._sources[T].fan.done)
+    pair.introduce(number=1)
+    pair.expect(T, INTO, number=1)
+    assert pair.report(T).outcome == "loaded"
 
 
 def test_a_number_that_is_over_by_the_time_of_the_connection_serves_no_grant() -> None:
@@ -261,7 +289,7 @@ def test_a_number_that_is_over_by_the_time_of_the_connection_serves_no_grant() -
         assert pair.ledger(T)["outcome"] != "sent"
         assert torch.equal(decode.kv, before)
         again = TransferId("u" * 32)
-        pair.expect(again, INTO)
+        pair.expect(again, INTO, number=1)
         pair.grant(again, INTO, pair=1)
         pair.offer(again)
         pair.compute(again, FROM)
@@ -299,7 +327,7 @@ def test_who_was_granted_slots_hears_that_none_will_come(pair: Pair, monkeypatch
     pair.outbox.send(pair.decode.loop.address, wire.Dismiss(pair.prefill.incarnation, dead=False))
     until(lambda: pair.decode.loop._peers.met(pair.prefill.incarnation) is None)
     blocks, tokens = (BlockRange(0, 0, INTO),), (0, PROMPT.tokens)
-    spec = ExpectSpec(T, RequestId("d"), Epoch(1), pair.prefill.incarnation, blocks, tokens, ((0, len(INTO)),))
+    spec = ExpectSpec(T, RequestId("d"), Epoch(1), pair.prefill.incarnation, 0, blocks, tokens, ((0, len(INTO)),))
     pair.decode.submit(Expected((spec,)))
     report = pair.report(T)
     assert (report.outcome, report.drained, report.slots) == ("failed", True, 0)

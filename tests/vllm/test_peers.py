@@ -251,3 +251,11 @@ def test_a_new_data_plane_fences_all_but_processes_of_this_host(bench: Bench, ne
     assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.SILENT if near else Loss.FENCED)]
     assert bench.engine.socket.poll(2000)
     assert [letter.message for letter in bench.engine.receive()] == [wire.Replaced(Rank(0), b"new")]
+
+
+def test_a_new_data_plane_is_told_to_our_engine_though_no_peer_is_left(bench: Bench) -> None:
+    """The pool wanted it, say: engines that come later must not connect to the old one."""
+    bench.peers.engine_address = bench.engine.address
+    bench.peers.replaced(b"new")
+    assert bench.engine.socket.poll(2000)
+    assert [letter.message for letter in bench.engine.receive()] == [wire.Replaced(Rank(0), b"new")]

@@ -187,7 +187,10 @@ def test_peers_refuse_after_a_reset_until_both_were_reset(engines: Callable[...,
         for engine, peer in ((one, other), (other, one)):
             pairing = engine.side._endpoint._pairing
             assert pairing is not None
-            pairing.introduced(Rank(0), peer.side._incarnation, "", time.monotonic())
+            for known in list(pairing._peers.values()):
+                ours = pairing.number(known.card.address)
+                told = wire.Introduced(Rank(0), known.card.incarnation, "", known.pair, ours)
+                pairing.introduced(told, time.monotonic())
             found.append(engine.side._endpoint.pair(peer.side.address)[0])
         return found[0], found[1]
 

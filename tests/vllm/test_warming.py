@@ -80,6 +80,22 @@ def test_a_pair_that_was_fenced_is_not_taken_up_under_its_number(bench: Bench) -
     )
 
 
+def test_a_write_over_an_older_connection_warms_no_later_one(bench: Bench) -> None:
+    """It hangs there, and neither keeps us from warming the new connection nor makes it ready when it ends."""
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    (stuck,) = bench.peers._warming._ops
+    bench.peers.dismiss(THEM, dead=False)
+    renewed = msgspec.structs.replace(bench.introduction, pair=1, ours=1)
+    bench.peers.introduce(renewed, bench.now_s)
+    assert len(bench.peers._warming._ops) == 2
+    assert bench.peers.completed(stuck, None, bench.now_s)
+    pal = bench.peers.find(PEER)
+    assert pal is not None and not pal.ready and bench.peers.warming
+    (fresh,) = bench.peers._warming._ops
+    assert bench.peers.completed(fresh, None, bench.now_s)
+    assert pal.ready and bench.told() == [""]
+
+
 def test_grants_are_served_at_once_where_no_connection_is_needed() -> None:
     """Other ranks have the heads that decode needs: nobody confirms anything to this one."""
     served: list[Incarnation] = []
