@@ -20,6 +20,7 @@ from .plan import WorldPlan
 from .remains import of_engine, of_node
 from .result import Result
 from .slow import SlowOps
+from .standstill import Standstill
 from .stream import Device
 from .virtual import Process, SteppedRuntime
 from .watch import watch
@@ -156,6 +157,8 @@ class SteppedWorld:
         )
         watch(engine, self.events)
         self.witness.engine(engine)
+        if not (self.plan.faults or self.plan.stands_still):
+            Standstill(engine, self.runtime.clock, self.fail)
         engine.wake = process.start_part("engine", engine).wake
         if kind.is_async and not self.plan.stands_still:
             stream = engine.runner.stream

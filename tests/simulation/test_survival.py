@@ -129,7 +129,8 @@ def test_an_expectation_that_cannot_be_taken_is_reported_once(
     monkeypatch.setattr(engine.loop._receiving, broken, bug)
     other = make_transfer_id(2, bytes(10))
     specs = tuple(
-        ExpectSpec(tid, RequestId(tid), Epoch(1), Incarnation("x"), 0, (BlockRange(0, 0, (2,)),)) for tid in (TID, other)
+        ExpectSpec(tid, RequestId(tid), Epoch(1), Incarnation("x"), 0, (BlockRange(0, 0, (2,)),))
+        for tid in (TID, other)
     )
     engine.loop.submit(Expected(specs))
     reports = engine.take("reports")

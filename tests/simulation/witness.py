@@ -15,7 +15,9 @@ import numpy as np
 import torch
 
 from lmkv.pool.node import PoolNode
+from lmkv.transfer.events import Peer
 from lmkv.transfer.fanout import transfer_of
+from lmkv.transfer.slots import Borrower
 
 from .engine import SimEngine
 from .job import Job
@@ -84,6 +86,8 @@ class Witness:
         post, completed = sending._write, sending.completed
 
         def posted(action: Any, source: Any) -> Any:
+            if source.grants[action.peer.incarnation, action.epoch].landing and not self._faults:
+                self._look_at_slot(engine, rank, action)
             prompt = self._sequence(transfer_of(action.transfer_id))
             if prompt is not None:
                 write = _Write(rank, action.rect, list(source.block_ids[action.rect.group]), prompt)
@@ -112,6 +116,18 @@ class Witness:
             return found
 
         verifier.fault = verified
+
+    def _look_at_slot(self, engine: SimEngine, rank: Rank, action: Any) -> None:
+        """What lands goes into a slot that its writer has been lent. (A connection that is lost may be so to one side
+        only: then nothing lands.)"""
+        writer = Peer(_incarnation(engine), rank.connector._worker._rank)
+        borrower = Borrower(writer, transfer_of(action.transfer_id), action.epoch)
+        reader = next(one for one in self._engines if _incarnation(one) == action.peer.incarnation)
+        landing = reader.runner.ranks[action.peer.rank].connector._worker._loop._receiving._landing
+        self._events["slots_checked"] += 1
+        if action.slot not in landing._ring.held(borrower):
+            where = f"slot {action.slot} of {reader.name}, which is not lent to it"
+            self._fail(f"{engine.name} rank {rank.number}: a write of {action.transfer_id} goes to {where}")
 
     def _sequence(self, transfer_id: str) -> Sequence | None:
         job = self._prompts.get(transfer_id)
@@ -207,6 +223,10 @@ class Witness:
         for name, node in self._nodes:
             if node._index.counters["corrupt"] and not self._faults:
                 self._fail(f"{name}: readers found {node._index.counters['corrupt']} pages corrupt")
+
+
+def _incarnation(engine: SimEngine) -> str:
+    return str(engine.scheduler.connector._scheduler._incarnation)
 
 
 def _as_bytes(values: np.ndarray[Any, np.dtype[np.uint8]], dtype: torch.dtype) -> bytes:

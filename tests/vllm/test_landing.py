@@ -73,7 +73,9 @@ class Bench:
             False,
             Verifier(ALL_PPM, SimpleNamespace(of=memory.checksum)),  # type: ignore[arg-type]
         )
-        self.spec = ExpectSpec(TID, RequestId("r"), Epoch(1), THEM, 0, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),))
+        self.spec = ExpectSpec(
+            TID, RequestId("r"), Epoch(1), THEM, 0, (BlockRange(0, 0, (4, 2)),), (0, TOKENS), ((0, 3),)
+        )
         self.landing.open(self.spec)
 
     def credits(self) -> list[int]:

@@ -142,6 +142,15 @@ WORKER = (
         'failed = {r.request_id for r in taken.reports if r.outcome == "unknown"}',
     ),
     Mutant(
+        "slots-given-back-at-cancel",
+        "worker",
+        "landing slots are lent on when a cancel is sent, not when it is answered",
+        "lmkv/vllm/receiving.py",
+        "case ev.SendCancel(peer, tid, epoch):\n",
+        "case ev.SendCancel(peer, tid, epoch):\n                    self._landing.close(tid, epoch)\n",
+        needs="unlike",
+    ),
+    Mutant(
         "slot-lent-twice",
         "worker",
         "a slot that has been taken out is lent to two writers",
