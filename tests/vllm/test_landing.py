@@ -6,12 +6,14 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import zmq
 
 from lmkv import wire
+from lmkv.config import ConnectorSettings
 from lmkv.control.mailbox import Inbox, Outbox
 from lmkv.ids import EngineName, Epoch, Incarnation, Rank, RequestId, TransferId
 from lmkv.transfer.events import Peer, Rect
@@ -21,6 +23,7 @@ from lmkv.vllm.checking import ALL_PPM, Verifier
 from lmkv.vllm.geometry import Shard
 from lmkv.vllm.landing import LandingSlots
 from lmkv.vllm.meeting import Meeting
+from lmkv.vllm.receiving import Receiving
 from lmkv.vllm.specs import BlockRange, ExpectSpec
 
 TID = TransferId("t" * 32)
@@ -65,11 +68,14 @@ class Bench:
             met=lambda incarnation: (engine_card, meeting) if incarnation == THEM else None,
             tell=lambda peer, message: self.outbox.send(self.inbox.address, message),
             own_incarnation=US,
+            find=lambda peer: SimpleNamespace(clock_offset_s=0.0),
+            is_fenced=lambda peer, pair: False,
         )
+        self.peers: Any = peers
         self.landing = LandingSlots(
             Rank(1),
             self.ours,
-            peers,
+            self.peers,
             False,
             Verifier(ALL_PPM, SimpleNamespace(of=memory.checksum)),  # type: ignore[arg-type]
         )
@@ -190,3 +196,15 @@ def test_slots_come_back_with_the_end(bench: Bench) -> None:
     assert set(bench.credits()) <= {0, 1, 2, 3} and len(held) == 2
     unknown = ExpectSpec(TID, RequestId("r"), Epoch(1), Incarnation("gone"), 0, (), (0, 0), ((0, 1),))
     assert bench.landing.writers(unknown) is None and bench.landing.payload_bytes(unknown, (2,)) == 0
+
+
+def test_slots_stay_lent_until_a_cancel_is_answered(bench: Bench) -> None:
+    """What the writer has posted may still land in them."""
+    bench.credits()
+    receiving = Receiving(ConnectorSettings(), Rank(1), bench.ours, bench.peers, lambda: 0.0)
+    receiving.expected((bench.spec,), 0.0)
+    assert len(bench.credits()) == 2
+    receiving.abandoned((TID,), 0.0)
+    assert receiving._landing._ring.free == 2
+    receiving.answer_came(wire.Cancelled(THEM, Rank(0), TID, Epoch(1)), 1.0)
+    assert receiving._landing._ring.free == 4
