@@ -1,7 +1,7 @@
-"""Notices an engine that stands still: it has finished prompts to send and requests to compute, and computes nothing.
+"""Notices engines that stand still because each holds the blocks that the other waits for.
 
-Each engine may hold the blocks that the other waits for. Deadlines end that, so no request is lost, but an answer that
-comes after two minutes helps nobody.
+Deadlines end that, so no request is lost, but an answer that comes after two minutes helps nobody. Prefill that waits
+because nobody asks for what it has finished is another thing: decode may have no room for more (`hold_s` bounds it).
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ class Standstill:
             self._since_s = None
 
     def _is_held_up(self) -> bool:
+        """It holds finished prompts, has requests to compute, and decode has granted blocks for one of those."""
         scheduler = self._engine.scheduler
         wanting = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-        waits = any(request.status in wanting for request in scheduler.requests.values())
-        return waits and bool(scheduler.connector._scheduler._prefill.yielding._held)
+        if not scheduler.connector._scheduler._prefill.yielding._held:
+            return False
+        if not any(request.status in wanting for request in scheduler.requests.values()):
+            return False
+        loops = [rank.connector._worker._loop for rank in self._engine.runner.ranks]
+        return any(t.awaits_prompt for loop in loops for t in loop._sending._machine._transfers.values())
