@@ -32,7 +32,7 @@ class Standstill:
             self._look(output.total_num_scheduled_tokens)
             return output
 
-        engine.scheduler.schedule = watched  # type: ignore[method-assign]
+        engine.scheduler.schedule = watched
 
     def _look(self, tokens: int) -> None:
         now_s = self._clock()
