@@ -99,13 +99,13 @@ class PrefillSide:
             meta.offers.append(OfferSpec(prefill.transfer_id, prefill.request_id, prompt, report=False))
             meta.withdrawals.append((prefill.transfer_id, "aborted before it was scheduled"))
         self._orphans.clear()
-        self.yielding.ran(output.num_scheduled_tokens)
-        giving_way = self.yielding.chosen(output.total_num_scheduled_tokens, self._runtime.clock())
+        preempted_ids = output.preempted_req_ids or ()
+        giving_way = self.yielding.chosen(output.num_scheduled_tokens, preempted_ids, self._runtime.clock())
         if giving_way is not None:
             meta.yields.append(giving_way)
         if not self._requests:
             return
-        for request_id in output.preempted_req_ids or ():
+        for request_id in preempted_ids:
             preempted = self._requests.get(request_id)
             if preempted is not None and preempted.announced:
                 # Also one whose prompt is done: with async scheduling it stays schedulable until its end is known.

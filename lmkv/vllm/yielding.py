@@ -3,13 +3,14 @@
 Prefill holds the blocks of a finished prompt until decode grants its own for it, and decode holds granted blocks until
 the KV has come. With small caches each may hold what the other waits for: prefill has no blocks left for the prompts
 that decode has granted, and decode none for those that prefill has finished. Both would stand still until a deadline.
+Prefill may look busy then: a request that finds too few blocks is computed in part, preempted, and computed again.
 
 Engine thread only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from lmkv.ids import RequestId, TransferId
 
@@ -30,8 +31,10 @@ class Yielding:
         self._loaded: set[RequestId] = set()
         """Requests whose KV has come and that have not run since. vLLM does not ask for them again: it looks for blocks
         for the rest of their tokens at once."""
+        self._preempted_s: dict[RequestId, float] = {}
+        """Requests that were preempted within the last YIELD_S, and when: what is computed of them comes to nothing."""
         self._stuck_s: float | None = None
-        """Since when nothing has run although a request wanted blocks."""
+        """Since when nothing has come forward although a request wanted blocks."""
 
     def held(self, request_id: RequestId, transfer_id: TransferId) -> None:
         """The request has ended, and its blocks are kept."""
@@ -66,13 +69,21 @@ class Yielding:
         self._loading.difference_update(request_ids)
         self._loaded.difference_update(request_ids)
 
-    def chosen(self, tokens: int, now_s: float) -> TransferId | None:
-        """The transfer that is to give way, if any. `tokens`: how many the step computes.
+    def chosen(
+        self, computed: Collection[RequestId], preempted: Iterable[RequestId], now_s: float
+    ) -> TransferId | None:
+        """The transfer that is to give way, if any. The step computes tokens of `computed`, after vLLM has taken the
+        blocks of `preempted`.
 
         The newest comes first: decode takes requests in their order, so it will ask for that one last.
         """
+        self.ran(computed)
         wanting, self._wanting = self._wanting, None
-        if tokens or not (wanting is not None or self._loaded) or not self._held:
+        self._preempted_s = {r: then_s for r, then_s in self._preempted_s.items() if now_s - then_s < YIELD_S}
+        self._preempted_s |= dict.fromkeys(preempted, now_s)
+        comes_forward = any(request_id not in self._preempted_s for request_id in computed)
+        wants = wanting is not None or self._loaded or self._preempted_s
+        if comes_forward or not wants or not self._held:
             self._stuck_s = None
             return None
         if self._stuck_s is None:

@@ -25,23 +25,34 @@ class Standstill:
         self._clock = clock
         self._fail = fail
         self._since_s: float | None = None
+        self._most: dict[str, int] = {}
+        """Tokens that have been computed of each request, at the most: what is preempted is computed again."""
         schedule = engine.scheduler.schedule
 
         def watched(*args: Any) -> Any:
             output = schedule(*args)
-            self._look(output.total_num_scheduled_tokens)
+            self._look(self._comes_forward(output))
             return output
 
         engine.scheduler.schedule = watched
 
-    def _look(self, tokens: int) -> None:
+    def _comes_forward(self, output: Any) -> bool:
+        """Some request is computed further than ever."""
+        requests = self._engine.scheduler.requests
+        counts = {r: requests[r].num_computed_tokens for r in output.num_scheduled_tokens}
+        further = any(count > self._most.get(r, 0) for r, count in counts.items())
+        self._most = {r: most for r, most in self._most.items() if r in requests}
+        self._most |= {r: max(count, self._most.get(r, 0)) for r, count in counts.items()}
+        return further
+
+    def _look(self, comes_forward: bool) -> None:
         now_s = self._clock()
-        if tokens or not self._is_held_up():
+        if comes_forward or not self._is_held_up():
             self._since_s = None
         elif self._since_s is None:
             self._since_s = now_s
         elif now_s - self._since_s > STANDSTILL_S:
-            self._fail(f"{self._engine.name}: computes nothing for {now_s - self._since_s:.0f} s, though it could")
+            self._fail(f"{self._engine.name}: nothing comes forward for {now_s - self._since_s:.0f} s, though it could")
             self._since_s = None
 
     def _is_held_up(self) -> bool:
