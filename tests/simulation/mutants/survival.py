@@ -90,12 +90,4 @@ SURVIVAL = (
         "if now_s - self._stuck_s < YIELD_S:",
         "if self._stuck_s >= 0.0:",
     ),
-    Mutant(
-        "computed-in-vain",
-        "scheduler",
-        "prefill counts as busy when all it computes is preempted again and again",
-        "lmkv/vllm/yielding.py",
-        "comes_forward = any(request_id not in self._preempted_s for request_id in computed)",
-        "comes_forward = bool(computed)",
-    ),
 )
