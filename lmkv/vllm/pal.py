@@ -38,11 +38,12 @@ class Engine:
 
     @property
     def pair(self) -> int:
-        """Its number of the pair: grants with another one are void."""
+        """Its number of the pair: older grants are void, newer ones wait for their introduction."""
         return self.introduction.pair
 
     @property
     def ours(self) -> int:
+        """Our own number of the pair."""
         return self.introduction.ours
 
 

@@ -66,7 +66,7 @@ class Peers:
         self._leaving: set[PeerId] = set()
         self._exports: dict[PeerId, bytes] = {}
         self._fenced: OrderedDict[Peer, int] = OrderedDict()
-        """With our number of the last pair that was lost so."""
+        """Our number of the newest pair in which the peer was fenced."""
 
     # --- questions ---
 
@@ -278,7 +278,7 @@ class Peers:
     def _end(self, pal: Pal, loss: Loss) -> None:
         peer = pal.peer
         if loss is Loss.FENCED:
-            self._fenced[peer] = pal.engine.ours
+            self._fenced[peer] = max(self._fenced.get(peer, -1), pal.engine.ours)
             self._fenced.move_to_end(peer)
             while len(self._fenced) > 1024:
                 self._fenced.popitem(last=False)

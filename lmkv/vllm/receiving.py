@@ -79,8 +79,11 @@ class Receiving:
             for peer in event.writers:
                 if not spec.incarnation:  # the pair was lost before the grant was sent: nothing can land
                     self.handle(ev.PeerGone(peer, dead=False, fenced=True), now_s)
-                elif (fenced := self._peers.is_fenced(peer, spec.pair)) or not known or self._peers.find(peer) is None:
+                elif not known or self._peers.find(peer) is None:
+                    fenced = self._peers.is_fenced(peer, spec.pair)
                     self.handle(ev.PeerGone(peer, dead=False, fenced=fenced), now_s)
+                elif self._peers.is_fenced(peer, spec.pair):  # and has come back: only this grant is over
+                    self.handle(ev.FailedCame(peer, spec.transfer_id, spec.epoch, "the pair was lost"), now_s)
             for sender, note in self._early.pop(key, []):
                 self.note_came(sender, note, now_s)
 
