@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from lmkv import wire
-from lmkv.control.mailbox import Outbox
-from lmkv.ids import Incarnation, Rank, TransferId
+from lmkv.ids import Incarnation, TransferId
 from lmkv.transport import Event, Notification
 
 from .commands import (
@@ -34,15 +33,11 @@ BUG = "a bug of lmkv's worker loop; its log has more"
 class Failures:
     """Dismisses one failed item at a time; `take` hands over what is to be reported for them."""
 
-    def __init__(
-        self, rank: Rank, peers: Peers, sending: Sending, receiving: Receiving, pool: PoolRank | None, outbox: Outbox
-    ) -> None:
-        self._rank = rank
+    def __init__(self, peers: Peers, sending: Sending, receiving: Receiving, pool: PoolRank | None) -> None:
         self._peers = peers
         self._sending = sending
         self._receiving = receiving
         self._pool = pool
-        self._outbox = outbox
         self._results = Results()
 
     def take(self) -> Results:
@@ -82,8 +77,7 @@ class Failures:
         reason = f"{type(message).__name__}: {BUG}"
         if isinstance(message, wire.Introduce):
             incarnation = message.card.incarnation
-            told = wire.Introduced(self._rank, incarnation, reason, message.pair, message.ours)
-            self._outbox.send(message.own.address, told)
+            self._peers.tell_engine(message, reason)
         else:
             incarnation = getattr(message, "incarnation", Incarnation(""))
         self._peers.part(incarnation, reason)

@@ -141,11 +141,11 @@ class Peers:
         try:
             engine = Engine(message, meeting(own, card, self._rank), now_s)
             if self._is_over(engine):
-                self._tell_engine(message, "the pair was lost while it was made")
+                self.tell_engine(message, "the pair was lost while it was made")
                 return
             pals = [self._connect(engine, rank, now_s) for rank in engine.meeting.ranks]
         except (TransportError, LayoutError) as error:
-            self._tell_engine(message, f"cannot connect to {card.name!r}: {error}")
+            self.tell_engine(message, f"cannot connect to {card.name!r}: {error}")
             return
         self._engines[card.incarnation] = engine
         for pal in pals:
@@ -182,7 +182,7 @@ class Peers:
     def _tell_if_ready(self, incarnation: Incarnation) -> None:
         engine = self._engines[incarnation]
         if all(self._pals[Peer(incarnation, rank)].ready for rank in engine.meeting.ranks):
-            self._tell_engine(engine.introduction, "")
+            self.tell_engine(engine.introduction, "")
 
     def warm_note_came(self, transport_id: PeerId, note: wire.WarmNote) -> None:
         """A peer has connected to us, and asks for a confirmation. It may come before we are introduced."""
@@ -265,7 +265,7 @@ class Peers:
         for rank in engine.meeting.ranks:
             other = self._pals.pop(Peer(incarnation, rank))
             self._part(other, loss if other is pal else Loss.SILENT)
-        self._tell_engine(engine.introduction, reason)
+        self.tell_engine(engine.introduction, reason)
 
     def _part(self, pal: Pal, loss: Loss) -> None:
         """The pair is over. Without proof the peer is watched on."""
@@ -336,8 +336,8 @@ class Peers:
             self._by_transport.pop(transport_id, None)
             self._exports.pop(transport_id, None)
 
-    def _tell_engine(self, introduction: wire.Introduce, error: str) -> None:
-        """How this introduction goes, or how it has ended."""
+    def tell_engine(self, introduction: wire.Introduce, error: str) -> None:
+        """Tell our engine how an introduction goes, or how it has ended. `error` is empty on success."""
         pair, ours = introduction.pair, introduction.ours
         told = wire.Introduced(self._rank, introduction.card.incarnation, error, pair, ours)
         self._outbox.send(introduction.own.address, told)

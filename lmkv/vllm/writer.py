@@ -96,7 +96,7 @@ class WorkerLoop:
         self._sending = Sending(settings, rank, transport, memory, self._peers, runtime.clock)
         self._receiving = Receiving(settings, rank, memory, self._peers, runtime.clock)
         self._letters = Letters(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
-        self._failures = Failures(rank, self._peers, self._sending, self._receiving, pool, self._outbox)
+        self._failures = Failures(self._peers, self._sending, self._receiving, pool)
         replacing = Replacing(
             transport,
             [self._peers, *([pool] if pool is not None else [])],

@@ -118,8 +118,8 @@ class Witness:
         verifier.fault = verified
 
     def _look_at_slot(self, engine: SimEngine, rank: Rank, action: Any) -> None:
-        """What lands goes into a slot that its writer has been lent. (A connection that is lost may be so to one side
-        only: then nothing lands.)"""
+        """Fails the world if the write goes to a slot that is not lent to its writer. Not for worlds with faults: a
+        connection may be lost to one side only, and then nothing lands."""
         writer = Peer(_incarnation(engine), rank.connector._worker._rank)
         borrower = Borrower(writer, transfer_of(action.transfer_id), action.epoch)
         reader = next(one for one in self._engines if _incarnation(one) == action.peer.incarnation)

@@ -157,8 +157,8 @@ def test_news_of_unknown_peers_is_ignored() -> None:
     assert tell(a, "nobody", "lost", 0.0) == []
 
 
-def introductions(net: Net) -> list[wire.Introduce]:
-    return [message for message in net.workers_heard if isinstance(message, wire.Introduce)]
+def introductions(net: Net, incarnation: str) -> list[wire.Introduce]:
+    return [m for m in net.workers_heard if isinstance(m, wire.Introduce) and m.card.incarnation == incarnation]
 
 
 @pytest.mark.parametrize("error", ["", "connection lost"])
@@ -166,11 +166,11 @@ def test_what_a_worker_tells_of_an_older_pair_is_over(error: str) -> None:
     """One rank of A loses B, while the other's word of the old pair, good or bad, is still on its way."""
     a, _, net = pair(ranks=2)
     net.do(a, a.want(B, 0.0))
-    (old,) = [m for m in introductions(net) if m.card.incarnation == "b1"]
+    (old,) = introductions(net, "b1")
     net.do(a, tell(a, "b1", "connection lost", 5.0))
     net.deaf = True
     net.do(a, a.hello(card(B, "b1", ranks=2), old.pair))
-    new = [m for m in introductions(net) if m.card.incarnation == "b1"][-1]
+    new = introductions(net, "b1")[-1]
     assert (old.ours, new.ours) == (1, 2)
     assert a.introduced(answer(new, Rank(0)), 7.0) == []
     assert a.introduced(answer(old, Rank(1), error), 7.0) == []
@@ -183,7 +183,7 @@ def test_a_worker_that_was_ready_for_the_others_older_number_is_not_for_its_newe
     """B has lost A and says so, while A still hears of the pair before: B would serve no grant over that connection."""
     a, _, net = pair()
     net.do(a, a.want(B, 0.0))
-    (old,) = [m for m in introductions(net) if m.card.incarnation == "b1"]
+    (old,) = introductions(net, "b1")
     net.deaf = True
     net.do(a, a.hello(card(B, "b1"), 9))
     a.introduced(answer(old, Rank(0)), 1.0)

@@ -131,8 +131,8 @@ class Pair:
         self.outbox.send(self.prefill.loop.address, msgspec.structs.replace(made, **more))
 
     def expect(self, tid: TransferId, ids: tuple[int, ...], number: int = 0) -> None:
-        blocks, us = (BlockRange(0, 0, ids),), self.prefill.incarnation
-        spec = ExpectSpec(tid, RequestId(f"d-{tid}"), Epoch(1), us, number, blocks, (0, PROMPT.tokens))
+        blocks, them = (BlockRange(0, 0, ids),), self.prefill.incarnation
+        spec = ExpectSpec(tid, RequestId(f"d-{tid}"), Epoch(1), them, number, blocks, (0, PROMPT.tokens))
         self.decode.submit(Expected((spec,)))
 
     def report(self, tid: TransferId, outcome: str = "", seconds: float = 40.0) -> RankReport:

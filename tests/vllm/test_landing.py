@@ -199,7 +199,7 @@ def test_slots_come_back_with_the_end(bench: Bench) -> None:
 
 
 def test_slots_stay_lent_until_a_cancel_is_answered(bench: Bench) -> None:
-    """What the writer has posted may still land in them."""
+    """The writer has posted to them, and that may still land."""
     bench.credits()
     receiving = Receiving(ConnectorSettings(), Rank(1), bench.ours, bench.peers, lambda: 0.0)
     receiving.expected((bench.spec,), 0.0)
