@@ -13,7 +13,7 @@ import numpy as np
 from lmkv.errors import ConfigError, ConnectError, ExtentError, RegistrationError, StateError, TransportError
 
 from .base import Completion, OpId, PeerId, Region
-from .extents import Bounds, Extents, MemoryKind, merge_runs
+from .extents import Bounds, Extents, MemoryKind, merge_runs, sort_rows
 
 _ADDRESS_LIMIT = 1 << 64
 
@@ -97,12 +97,13 @@ def check_region(region: Region, kinds: frozenset[MemoryKind]) -> None:
 
 
 def merge_checked(local: Extents, ours: RegionMap, remote: Extents, theirs: RegionMap) -> tuple[Extents, Extents]:
-    """Merge runs and check bounds on both sides; raises ExtentError.
+    """Merge runs and check bounds on both sides; raises ExtentError. Rows are sorted by local address first: an engine
+    that hands out the blocks it was given back first has them in descending order, and those are runs, too.
 
     Rows that continue each other may lie in two regions that touch. The merged row then lies in neither, so the rows
     are left as they came, provided that they are inside.
     """
-    merged = merge_runs(local, remote)
+    merged = merge_runs(*sort_rows(local, remote))
     if ours.outside(merged[0]) is None and theirs.outside(merged[1]) is None:
         return merged
     for side, extents, regions in (("local", local, ours), ("remote", remote, theirs)):

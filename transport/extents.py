@@ -66,6 +66,16 @@ def check_pair(local: Extents, remote: Extents) -> None:
         )
 
 
+def sort_rows(local: Extents, remote: Extents) -> tuple[Extents, Extents]:
+    """The same pairs of rows by ascending local address; as they came where they are sorted already."""
+    check_pair(local, remote)
+    addresses = local.table[:, 0]
+    if (addresses[:-1] <= addresses[1:]).all():
+        return local, remote
+    order = np.argsort(addresses, kind="stable")
+    return Extents(local.table[order], local.kind), Extents(remote.table[order], remote.kind)
+
+
 def merge_runs(local: Extents, remote: Extents) -> tuple[Extents, Extents]:
     """Join neighbouring rows that continue each other on *both* sides. Order and bytes are kept.
 

@@ -175,8 +175,8 @@ class Pairing:
         number = self._entry(card.address).pair
         if ours != number:
             return [ToEngine(card.address, wire.Hello(self.card, number))]
-        if known is not None and known.pair == pair:
-            return self._tell_waiters(card.address, "") if known.ready else []
+        if known is not None and known.ready and known.pair == pair:
+            return self._tell_waiters(card.address, "")
         return self._admit(card, pair)
 
     def refuse(self, address: str, reason: str) -> list[Action]:

@@ -149,6 +149,7 @@ class Peers:
             return
         self._engines[card.incarnation] = engine
         for pal in pals:
+            self._departed.take(pal.peer)
             self._pals[pal.peer], pal.probe_s = pal, now_s
             self._warming.start(pal, self._own)
             self._confirm(pal)
@@ -164,7 +165,6 @@ class Peers:
         """Raises TransportError. What was connected before stays so, and is found again by the next introduction."""
         worker, peer = engine.card.workers[rank], Peer(engine.card.incarnation, rank)
         self._warming.remote(worker)  # what cannot be warmed is refused before it is connected
-        self._departed.take(peer)
         self._let_go()
         old = [t for t, p in self._by_transport.items() if p == peer]
         transport_id = next((t for t in old if self._exports.get(t) == worker.export), None)

@@ -212,7 +212,7 @@ async def counters(engine: Engine) -> dict[str, int]:
     """What the engine's connector has counted."""
     client = ControlClient()
     try:
-        return (await client.describe(engine.control, deadline_s=10)).counters
+        return (await client.describe(engine.control, deadline_s=60)).counters
     finally:
         await client.close()
 

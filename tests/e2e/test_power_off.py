@@ -24,16 +24,17 @@ pytestmark = [
 ]
 
 TINY = "tiny-llama"
+GOODPUT = float(os.environ.get("LMKV_GOODPUT", "0"))
+"""`make power-off` demands 0.9, and the limits below, on a machine that does nothing else. Without that only what is
+right is demanded, not how soon: four engines on two cores have been seen to stand still for 50 s."""
 QUARANTINE_S = 20.0
-RETURN_S = 10.0
-"""The quarantine has ended this long after its limit."""
+COMES_S, RETURN_S = (QUARANTINE_S, 10.0) if GOODPUT else (120.0, 120.0)
+"""From the cut until blocks and slots are in quarantine, and from its limit until none is."""
 WINDOW_S = 45.0
 """From the cut over the end of leases and quarantine to the time when all pairs are made anew, and more."""
 PERIOD_S = 2.5
 CLIENTS = 2
 """Of each pair."""
-GOODPUT = float(os.environ.get("LMKV_GOODPUT", "0.7"))
-"""`make power-off` demands 0.9, on a machine that does nothing else."""
 COMPARED = 8
 """So many answers of the load are compared with what decode computes itself."""
 LINK_MBIT = 10.0
@@ -174,7 +175,7 @@ async def push(bed: Bed, client: Client, pushes: list[Push]) -> list[asyncio.Tas
         come = all(host.got_bytes() - had > UNDER_WAY_BYTES for host, had in zip(links, begun, strict=True))
         return come and all([await client.metric(d, "vllm:num_requests_waiting") >= PUSHES for d in bed.decodes])
 
-    await eventually(under_way, "all requests to wait for KV, some of which has come to both decode hosts", 20.0)
+    await eventually(under_way, "all requests to wait for KV, some of which has come to both decode hosts", 60.0)
     assert not any(task.done() for task in tasks), "the pushes were faster than the test"
     return tasks
 
@@ -187,15 +188,19 @@ def lose_power(bed: Bed) -> None:
 
 
 async def quarantine_comes_and_ends(bed: Bed, cut_s: float) -> None:
+    most = [0, 0]
+    """Blocks of `direct`, slots of `landing`. On a busy machine the one may be free again before the other is held."""
+
     async def has_come() -> bool:
-        return (await quarantined(bed.direct))[0] > 0 and (await quarantined(bed.landing))[1] > 0
+        most[0] = max(most[0], (await quarantined(bed.direct))[0])
+        most[1] = max(most[1], (await quarantined(bed.landing))[1])
+        return min(most) > 0
 
     async def is_over() -> bool:
         return [await quarantined(decode) for decode in bed.decodes] == [(0, 0), (0, 0)]
 
-    await eventually(has_come, "blocks and slots to be in quarantine", QUARANTINE_S)
-    held = [await quarantined(decode) for decode in bed.decodes]
-    print(f"{time.monotonic() - cut_s:.1f} s after the cut (blocks, slots) in quarantine: {held}")
+    await eventually(has_come, "blocks and slots to be in quarantine", COMES_S)
+    print(f"{time.monotonic() - cut_s:.1f} s after the cut: {most[0]} blocks and {most[1]} slots in quarantine")
     await eventually(is_over, "the quarantine to end", QUARANTINE_S + RETURN_S - (time.monotonic() - cut_s))
     print(f"{time.monotonic() - cut_s:.1f} s after the cut nothing is in quarantine")
 

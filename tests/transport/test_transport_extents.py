@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lmkv.errors import ConnectError, ExtentError, RegistrationError
 from lmkv.transport import Extents, MemoryKind, Region, merge_runs
 from lmkv.transport.common import RegionMap, check_region, decode_export, encode_export, merge_checked
-from lmkv.transport.extents import Bounds, outside
+from lmkv.transport.extents import Bounds, outside, sort_rows
 
 Row = tuple[int, int, int]
 
@@ -60,6 +60,23 @@ def test_runs_merge_into_one_row_each(lengths: list[tuple[int, int]], random: ob
     merged = merge_runs(Extents(table(local)), Extents(table(remote)))
     assert len(merged[0]) == len(lengths)
     assert merged[0].table[:, 1].tolist() == [blocks * size for blocks, size in lengths]
+
+
+@given(rows_pair)
+def test_sorting_keeps_the_way_of_every_byte(pairs: list[tuple[int, int, int, int, int]]) -> None:
+    local = Extents(table([(a, n, d) for n, a, _, d, _ in pairs]))
+    remote = Extents(table([(b, n, e) for n, _, b, _, e in pairs]))
+    ordered = sort_rows(local, remote)
+    assert sorted(mapping(*ordered)) == sorted(mapping(local, remote))
+    assert ordered[0].table[:, 0].tolist() == sorted(local.table[:, 0].tolist())
+
+
+def test_blocks_in_descending_order_are_one_run() -> None:
+    ours, theirs = RegionMap([Region(1000, 400)]), RegionMap([Region(5000, 400)])
+    local = Extents.of(*((1300 - 100 * i, 100) for i in range(4)))
+    remote = Extents.of(*((5300 - 100 * i, 100) for i in range(4)))
+    merged = merge_checked(local, ours, remote, theirs)
+    assert [extents.table.tolist() for extents in merged] == [[[1000, 400, 0]], [[5000, 400, 0]]]
 
 
 def test_what_continues_on_one_side_only_stays_apart() -> None:

@@ -104,6 +104,16 @@ def test_welcome_waits_for_every_worker() -> None:
     assert actions == [ToEngine(A, wire.Welcome(b.card, 1, 1))] and b.state(A)[0] is PairState.READY
 
 
+def test_a_repeated_welcome_introduces_again_a_peer_whose_workers_have_not_answered() -> None:
+    a, them = Pairing(card(A, "a1"), same_model), card(B, "b1")
+    a.want(B, 0.0)
+    first = a.welcome(them, 1, a.number(B))
+    assert first == [ToWorkers(wire.Introduce(them, a.card, 1, a.number(B)))]
+    assert a.welcome(them, 1, a.number(B)) == first
+    tell(a, "b1", "", 0.0)
+    assert a.state(B)[0] is PairState.READY and a.welcome(them, 1, a.number(B)) == []
+
+
 def test_both_may_start_at_once() -> None:
     a, b, net = pair()
     first, second = a.want(B, 0.0), b.want(A, 0.0)

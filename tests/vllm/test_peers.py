@@ -237,6 +237,22 @@ def test_a_peer_that_was_cut_off_is_connected_anew(bench: Bench) -> None:
     assert pal is not None and pal.ready and bench.peers.pair_of(THEM) == 4
 
 
+def test_a_lost_peer_that_cannot_be_connected_again_is_still_watched(bench: Bench) -> None:
+    """What it may still write comes back when it is proven dead, however its return has failed."""
+    bench.unfenced()
+    bench.peers.introduce(bench.introduction, bench.now_s)
+    bench.run()
+    bench.peers.dismiss(THEM, dead=False)
+    worker = msgspec.structs.replace(bench.introduction.card.workers[0], export=b"junk")
+    card = msgspec.structs.replace(bench.introduction.card, workers=(worker,))
+    bench.peers.introduce(wire.Introduce(card, bench.own, 1), bench.now_s)
+    assert "cannot connect" in bench.told()[-1]
+    bench.peers.dismiss(THEM, dead=True)
+    bench.run(AGAIN_S)
+    bench.run(REMOTE_DRAIN_S)
+    assert bench.gone == [(PEER, Loss.SILENT), (PEER, Loss.DEAD)]
+
+
 @pytest.mark.parametrize("near", [False, True])
 def test_a_new_data_plane_fences_all_but_processes_of_this_host(bench: Bench, near: bool) -> None:
     """CMA and CUDA IPC need no connection: such a peer must end, or answer."""
