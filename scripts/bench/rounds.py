@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 
 from bench import client, report, stats
+from bench.busy import busy_core
 from bench.engines import Engine, EngineSpec, stop_all
 from bench.errors import BenchError, progress
 from bench.methods import LOCAL_PLACES, PAIRS, Pair, Place, Settings, pair_specs
@@ -45,6 +46,15 @@ class Options:
     @property
     def pairs(self) -> list[str]:
         return [method for method in self.methods if method in PAIRS]
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """Plain vLLM's TTFT for a prompt in milliseconds, with the other core idle and kept busy, and its answer."""
+
+    ttft_ms: float
+    busy_ms: float
+    text: str
 
 
 @dataclass(slots=True)
@@ -159,7 +169,7 @@ class Bench:
             progress(f"push at {CALIBRATION_TOKENS} tokens: {shown}")
         self.notes["push_dispatch"] = pair.dispatch
 
-    async def measure_plain(self, plain: Engine, repetition: int) -> dict[int, tuple[float, str]]:
+    async def measure_plain(self, plain: Engine, repetition: int) -> dict[int, Baseline]:
         plain.resume()
         await self.ask(plain, self.fresh(WARM_TOKENS))
         found = {}
@@ -167,7 +177,9 @@ class Bench:
             ttft_ms, reply = await self.ask(plain, self._measured(repetition, tokens))
             if reply.cached_tokens:
                 raise BenchError(f"plain vLLM had {reply.cached_tokens} tokens of a new prompt in its cache")
-            found[tokens] = (ttft_ms, reply.text)
+            with busy_core(self.places[1].core):
+                busy_ms, _ = await self.ask(plain, self.fresh(tokens))
+            found[tokens] = Baseline(ttft_ms, busy_ms, reply.text)
         plain.pause()
         return found
 
@@ -205,7 +217,7 @@ class Bench:
         for repetition in range(self.options.repetitions):
             usage = stats.CpuUsage(self._own_cpu_s)
             turn = repetition % (len(pairs) + 1)
-            baseline: dict[int, tuple[float, str]] = {}
+            baseline: dict[int, Baseline] = {}
             found: dict[str, dict[int, dict[str, Any]]] = {}
             everyone: list[Pair | None] = [None, *pairs]
             for pair in everyone[turn:] + everyone[:turn]:
@@ -227,18 +239,15 @@ class Bench:
         return sum(sum(engine.thread_cpu_s().values()) for engine in self.engines) + time.process_time()
 
     @staticmethod
-    def _sample(
-        method: str, tokens: int, repetition: int, plain: tuple[float, str], found: dict[str, Any]
-    ) -> report.Sample:
-        plain_ms, plain_text = plain
-        same = found.pop("text") == plain_text
-        return report.Sample(method, tokens, repetition, plain_ms, same_answer=same, **found)
+    def _sample(method: str, tokens: int, repetition: int, plain: Baseline, found: dict[str, Any]) -> report.Sample:
+        same = found.pop("text") == plain.text
+        return report.Sample(method, tokens, repetition, plain.ttft_ms, plain.busy_ms, same_answer=same, **found)
 
     def _say_round(
-        self, repetition: int, baseline: dict[int, tuple[float, str]], found: dict[str, dict[int, dict[str, Any]]]
+        self, repetition: int, baseline: dict[int, Baseline], found: dict[str, dict[int, dict[str, Any]]]
     ) -> None:
         said = []
-        for tokens, (plain_ms, _) in baseline.items():
+        for tokens, plain in baseline.items():
             shown = " ".join(f"{method} {by_length[tokens]['ttft_ms']:.0f}" for method, by_length in found.items())
-            said.append(f"{tokens}: plain {plain_ms:.0f} {shown}")
+            said.append(f"{tokens}: plain {plain.ttft_ms:.0f} ({plain.busy_ms:.0f}) {shown}")
         progress(f"round {repetition + 1} of {self.options.repetitions}, TTFT in ms · {' · '.join(said)}")

@@ -1,0 +1,28 @@
+"""Keeping the other "host" busy, as the decode engine of a pair does: vLLM polls while a request waits for its KV.
+
+On one machine that costs the prefill engine speed that it would keep on a host of its own (shared caches, clock rate,
+or one physical core for both). Plain vLLM beside an idle core does not pay that; beside a busy one it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+_POLL = "import os\nwhile True: os.sched_yield()"
+"""What vLLM's engine core and workers do while they wait for each other."""
+
+
+@contextlib.contextmanager
+def busy_core(core: int) -> Iterator[None]:
+    """A process polls on `core` meanwhile. It is gone on exit, whatever happens."""
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _POLL])
+    try:
+        os.sched_setaffinity(process.pid, {core})
+        yield
+    finally:
+        process.kill()
+        process.wait()
