@@ -38,11 +38,12 @@ from .commands import (
     Yielded,
 )
 from .geometry import Shard
+from .grouping import StepLayers
 from .letters import BROKEN
 from .metadata import HandshakeMeta, StepMeta, WorkerMeta
 from .pooled.books import PoolBooks
 from .pooled.rank import open_pool
-from .specs import Push, RankReport
+from .specs import RankReport
 from .writer import WorkerLoop
 
 logger = logging.getLogger(__name__)
@@ -51,20 +52,6 @@ _PREEMPTION_FENCE_S = 5.0
 _IDLE_STEP_S = 0.005
 """A step that computes nothing, while something is loaded, takes so long or until news come. Without that vLLM makes
 one every two milliseconds, and takes half of a core from the thread that loads. A new request waits for its end."""
-
-
-class _Step:
-    """The layers of one step that has something to push, group by group."""
-
-    def __init__(
-        self, pushes: tuple[Push, ...], sizes: tuple[int, ...], layers: tuple[int, ...], post_bytes: int
-    ) -> None:
-        self.pushes = pushes
-        self.layers = layers
-        self.done = [0] * len(sizes)
-        self.told = [0] * len(sizes)
-        blocks = [sum(len(r.ids) for p in pushes for r in p.computed if r.group == g) for g in range(len(sizes))]
-        self.stride = [max(1, -(-post_bytes // max(1, n * size))) for n, size in zip(blocks, sizes, strict=True)]
 
 
 class WorkerSide:
@@ -87,7 +74,7 @@ class WorkerSide:
         self._memory: memory.KvMemory | None = None
         self._layer: dict[str, tuple[int, int]] = {}
         self._sizes: tuple[int, ...] = ()
-        self._step: _Step | None = None
+        self._step: StepLayers | None = None
         self._reportable: set[RequestId] = set()
         self._ended: set[RequestId] = set()
         self._sent: set[RequestId] = set()
@@ -196,7 +183,7 @@ class WorkerSide:
                 loop.submit(Ready(pushes, self._fence(), self._runtime.clock()))
             assert self._memory is not None
             layers = tuple(len(names) for names in self._memory.layer_names)
-            self._step = _Step(pushes, self._sizes, layers, self._settings.min_post_bytes)
+            self._step = StepLayers(pushes, self._sizes, layers, self._settings.min_post_bytes)
 
     def layer_done(self, layer_name: str) -> None:
         step = self._step
@@ -209,8 +196,8 @@ class WorkerSide:
         if index != step.done[group]:
             return  # out of order: wait_for_save sweeps it
         step.done[group] = index + 1
-        if index + 1 - step.told[group] >= step.stride[group] or index + 1 == step.layers[group]:
-            self._tell(step, group, index + 1)
+        if step.is_due(group):
+            self._tell(step, group)
 
     def sweep(self) -> None:
         """End of the step: layers whose hook did not fire are complete as well."""
@@ -222,13 +209,14 @@ class WorkerSide:
             return
         for group, count in enumerate(step.layers):
             if step.told[group] < count:
-                self._tell(step, group, count)
+                step.done[group] = count
+                self._tell(step, group)
 
-    def _tell(self, step: _Step, group: int, hi: int) -> None:
+    def _tell(self, step: StepLayers, group: int) -> None:
         assert self._loop is not None
-        lo, step.told[group] = step.told[group], hi
+        lo, hi = step.tell(group)
         self._loop.submit(LayersDone(step.pushes, group, lo, hi, self._fence(), self._runtime.clock()))
-        if tuple(step.told) == step.layers:
+        if step.all_told:
             # Not at the end of the step: what follows the last cache (MLP, logits, sampling) need not be waited for.
             self._loop.submit(StepDone(step.pushes))
 
