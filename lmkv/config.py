@@ -48,7 +48,9 @@ class ConnectorSettings(BaseSettings):
     pair_s: float = Field(10.0, gt=0, description="a request waits this long for a pairing, then computes itself")
 
     min_post_bytes: int = Field(
-        4 << 20, ge=1, description="layers are grouped until a write is this large; a quarter of it at a step's end"
+        4 << 20,
+        ge=1,
+        description="layers are grouped until a step's writes have this size; its first and a prompt's last less",
     )
     max_post_bytes: int = Field(16 << 20, ge=1, description="a write is not larger than this")
     max_inflight_bytes: int = Field(64 << 20, ge=1, description="window of posted, unfinished bytes per peer")

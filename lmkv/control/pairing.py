@@ -258,7 +258,8 @@ class Pairing:
         return ToEngine(address, wire.Welcome(self.card, entry.pair, peer.pair if peer is not None else 0))
 
     def _admit(self, card: wire.EngineCard, pair: int) -> list[Action]:
-        """A new peer, or one that has lost us: what was granted in the old pair is void, the workers part first."""
+        """A new peer, one of which not all workers have told yet, or one that has lost us: what was granted in the old
+        pair is void then, and the workers part first."""
         entry = self._entry(card.address)
         actions: list[Action] = []
         if entry.incarnation not in (None, card.incarnation):

@@ -49,16 +49,6 @@ def split_rect(rect: Rect, cell_bytes: int, max_bytes: int) -> list[Rect]:
     ]
 
 
-def layer_steps(layers: int, blocks: int, cell_bytes: int, min_post_bytes: int) -> list[Span]:
-    """Cut `layers` into spans so that `blocks` blocks of each span weigh at least `min_post_bytes`.
-
-    The last span may be lighter: it is the tail that decode waits for. One layer is the finest cut.
-    """
-    row_bytes = max(1, blocks * cell_bytes)
-    step = max(1, -(-min_post_bytes // row_bytes))
-    return [(lo, min(lo + step, layers)) for lo in range(0, layers, step)]
-
-
 def group_rects(rects: Iterable[Rect]) -> list[Rect]:
     """The same cells in as few rectangles as the layer-wise merge gives, ordered by group, layer, block."""
     cover = Coverage()

@@ -13,6 +13,7 @@ from lmkv import wire
 from lmkv.ids import Incarnation
 from lmkv.process import DRAIN_S, drain_s, has_ended, has_followed, may_share_host
 from lmkv.transfer.events import Peer
+from lmkv.transport import PeerId
 
 from .pal import AGAIN_S, Pal
 
@@ -49,6 +50,11 @@ class Departed:
     def take(self, peer: Peer) -> Pal | None:
         """It has come back, or is fenced."""
         return self._pals.pop(peer, None)
+
+    def uses(self, peer: Peer, transport_id: PeerId) -> bool:
+        """What it may still write comes over this connection, not over one that was made since in vain."""
+        pal = self._pals.get(peer)
+        return pal is not None and pal.transport_id == transport_id
 
     def clear(self) -> None:
         self._pals.clear()

@@ -1,11 +1,11 @@
-"""Which layers of a step are sent together: few large writes, and small ones at the end. Engine thread only."""
+"""Which layers of a step are sent together: few large writes, smaller ones first and last. Engine thread only."""
 
 from __future__ import annotations
 
 from .specs import Push
 
-_TAPER = 4
-"""The last writes of a step have at least this part of the usual size."""
+_PART = 4
+"""The first write of a step has this part of the usual size, and those before the last have at least as much."""
 
 
 class StepLayers:
@@ -21,18 +21,23 @@ class StepLayers:
         self.layers = layers
         self.done = [0] * len(layers)
         self.told = [0] * len(layers)
+        self._ends_prompt = any(push.last for push in pushes)
         blocks = [sum(len(r.ids) for p in pushes for r in p.computed if r.group == g) for g in range(len(layers))]
         self._stride = [max(1, -(-post_bytes // max(1, n * size))) for n, size in zip(blocks, layer_bytes, strict=True)]
 
     def is_due(self, group: int) -> bool:
         """The layers that are done and not told are worth a write.
 
-        Towards the last layer writes become smaller, down to a quarter of the usual size: nothing is computed any more
-        that could hide the last one.
+        The first write is small so that a slow link has something to do soon. Towards the end of a prompt they become
+        smaller again: nothing is computed any more that could hide the last one.
         """
         stride, pending = self._stride[group], self.done[group] - self.told[group]
-        left = self.layers[group] - self.done[group]
-        return left == 0 or pending >= min(stride, max(left, -(-stride // _TAPER)))
+        part, left = -(-stride // _PART), self.layers[group] - self.done[group]
+        if left == 0:
+            return True
+        if self.told[group] == 0:
+            return pending >= part
+        return pending >= (min(stride, max(left, part)) if self._ends_prompt else stride)
 
     def tell(self, group: int) -> tuple[int, int]:
         """The layers [lo, hi) that are done and were not told before: they are now."""

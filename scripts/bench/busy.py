@@ -12,14 +12,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
+from bench.engines import OWNER_VARIABLE, as_the_user
+
 _POLL = "import os\nwhile True: os.sched_yield()"
 """What vLLM's engine core and workers do while they wait for each other."""
 
 
 @contextlib.contextmanager
 def busy_core(core: int) -> Iterator[None]:
-    """A process polls on `core` meanwhile. It is gone on exit, whatever happens."""
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _POLL])
+    """A process polls on `core` meanwhile, and has ended on exit. One that outlives a killed benchmark is ended by the
+    next (`reap_leftovers`)."""
+    env = {**os.environ, OWNER_VARIABLE: str(os.getpid())}
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", _POLL], env=env, preexec_fn=as_the_user)
     try:
         os.sched_setaffinity(process.pid, {core})
         yield

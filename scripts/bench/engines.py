@@ -99,7 +99,7 @@ class Engine:
             stderr=subprocess.STDOUT,
             env=spec.variables(),
             start_new_session=True,
-            preexec_fn=_as_the_user,
+            preexec_fn=as_the_user,
         )
 
     async def wait_ready(self) -> None:
@@ -197,7 +197,7 @@ class Engine:
                 os.kill(pid, number)
 
 
-def _as_the_user() -> None:
+def as_the_user() -> None:
     """An engine does not inherit the priority that a benchmark's client may have given itself."""
     os.setpriority(os.PRIO_PROCESS, 0, _NICE)
 

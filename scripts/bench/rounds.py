@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Bench:
     notes: dict[str, Any] = field(default_factory=dict)
     _names: int = 0
     _passes: int = 0
+    _poller_cpu_s: float = 0.0
 
     def close(self) -> None:
         if self.engines:
@@ -177,8 +179,10 @@ class Bench:
             ttft_ms, reply = await self.ask(plain, self._measured(repetition, tokens))
             if reply.cached_tokens:
                 raise BenchError(f"plain vLLM had {reply.cached_tokens} tokens of a new prompt in its cache")
+            before_s = _ended_children_cpu_s()
             with busy_core(self.places[1].core):
                 busy_ms, _ = await self.ask(plain, self.fresh(tokens))
+            self._poller_cpu_s += _ended_children_cpu_s() - before_s
             found[tokens] = Baseline(ttft_ms, busy_ms, reply.text)
         plain.pause()
         return found
@@ -236,7 +240,8 @@ class Bench:
                 )
 
     def _own_cpu_s(self) -> float:
-        return sum(sum(engine.thread_cpu_s().values()) for engine in self.engines) + time.process_time()
+        engines_s = sum(sum(engine.thread_cpu_s().values()) for engine in self.engines)
+        return engines_s + time.process_time() + self._poller_cpu_s
 
     @staticmethod
     def _sample(method: str, tokens: int, repetition: int, plain: Baseline, found: dict[str, Any]) -> report.Sample:
@@ -251,3 +256,8 @@ class Bench:
             shown = " ".join(f"{method} {by_length[tokens]['ttft_ms']:.0f}" for method, by_length in found.items())
             said.append(f"{tokens}: plain {plain.ttft_ms:.0f} ({plain.busy_ms:.0f}) {shown}")
         progress(f"round {repetition + 1} of {self.options.repetitions}, TTFT in ms · {' · '.join(said)}")
+
+
+def _ended_children_cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime

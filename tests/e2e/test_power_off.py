@@ -138,7 +138,7 @@ async def test_power_off_of_a_prefill_host_in_mid_push(bed: Bed, client: Client)
     assert [reply.text for reply in replies] == [one.expected for one in pushes]
     assert {one.status for one in before.asked + after.asked} == {200}
     await all_is_as_before(bed, client, after.asked)
-    assert len(after.in_time) >= GOODPUT * len(before.in_time)
+    assert len(after.in_time) >= max(1, GOODPUT * len(before.in_time))
 
 
 async def loads(client: Client, router: Router) -> None:
@@ -194,14 +194,20 @@ async def quarantine_comes_and_ends(bed: Bed, cut_s: float) -> None:
     async def has_come() -> bool:
         most[0] = max(most[0], (await quarantined(bed.direct))[0])
         most[1] = max(most[1], (await quarantined(bed.landing))[1])
-        return min(most) > 0
+        return min(most) > 0 or await was_missed()
+
+    async def was_missed() -> bool:
+        """An engine that stood still for longer than the limit has held and freed what it had lent in one go."""
+        return not GOODPUT and all([(await counters(decode)).get("receive:failed", 0) for decode in bed.decodes])
 
     async def is_over() -> bool:
         return [await quarantined(decode) for decode in bed.decodes] == [(0, 0), (0, 0)]
 
     await eventually(has_come, "blocks and slots to be in quarantine", COMES_S)
-    print(f"{time.monotonic() - cut_s:.1f} s after the cut: {most[0]} blocks and {most[1]} slots in quarantine")
-    await eventually(is_over, "the quarantine to end", QUARANTINE_S + RETURN_S - (time.monotonic() - cut_s))
+    came_s = time.monotonic() - cut_s
+    print(f"{came_s:.1f} s after the cut: {most[0]} blocks and {most[1]} slots in quarantine")
+    since_s = came_s if GOODPUT else 0.0
+    await eventually(is_over, "the quarantine to end", QUARANTINE_S + RETURN_S - since_s)
     print(f"{time.monotonic() - cut_s:.1f} s after the cut nothing is in quarantine")
 
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmkv.transfer.events import Rect
-from lmkv.transfer.rects import Coverage, cells_of, clip, group_rects, is_proper, layer_steps, split_rect
+from lmkv.transfer.rects import Coverage, cells_of, clip, group_rects, is_proper, split_rect
 from lmkv.transfer.timers import Timers
 
 from .things import Cell, cells
@@ -48,12 +48,6 @@ def test_split_keeps_order_and_bounds(rect: Rect, cell_bytes: int, limit: int) -
 def test_chunks_and_layers_merge() -> None:
     pieces = [Rect(0, layer, layer + 1, lo, lo + 2) for lo in (2, 0) for layer in range(3)]
     assert group_rects(pieces) == [Rect(0, 0, 3, 0, 4)]
-
-
-def test_layer_steps() -> None:
-    assert layer_steps(5, 2, 100, 400) == [(0, 2), (2, 4), (4, 5)]
-    assert layer_steps(3, 100, 100, 400) == [(0, 1), (1, 2), (2, 3)]
-    assert layer_steps(3, 1, 1, 1000) == [(0, 3)]
 
 
 def test_clip_and_proper() -> None:
