@@ -48,13 +48,14 @@ class Departed:
         self._pals[pal.peer] = pal
 
     def take(self, peer: Peer) -> Pal | None:
-        """It has come back, or is fenced."""
+        """Take the peer out: it has come back, or is fenced."""
         return self._pals.pop(peer, None)
 
-    def uses(self, peer: Peer, transport_id: PeerId) -> bool:
-        """What it may still write comes over this connection, not over one that was made since in vain."""
+    def take_fenced(self, peer: Peer, transport_id: PeerId) -> Pal | None:
+        """Take out the peer whose connection has ended. None if it was lost over another one: a later connection, made
+        for a return that failed, proves nothing of the first."""
         pal = self._pals.get(peer)
-        return pal is not None and pal.transport_id == transport_id
+        return self.take(peer) if pal is not None and pal.transport_id == transport_id else None
 
     def clear(self) -> None:
         self._pals.clear()

@@ -1,4 +1,4 @@
-"""Which layers of a step are sent together: few large writes, smaller ones first and last. Engine thread only."""
+"""Decides which layers of a step are sent together: in few large writes, smaller ones first and last. Engine thread."""
 
 from __future__ import annotations
 

@@ -253,9 +253,7 @@ class Peers:
         pal = self._pals.get(peer)
         if pal is not None and pal.transport_id == transport_id:
             self._lose(pal, loss, reason)
-        elif loss is Loss.FENCED and self._departed.uses(peer, transport_id):
-            departed = self._departed.take(peer)
-            assert departed is not None
+        elif loss is Loss.FENCED and (departed := self._departed.take_fenced(peer, transport_id)) is not None:
             logger.info("peer %s (incarnation %s) is fenced: %s", departed.name, peer.incarnation, reason)
             self._end(departed, loss)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from bench.engines import OWNER_VARIABLE, as_the_user
 
 _POLL = "import os\nwhile True: os.sched_yield()"
-"""What vLLM's engine core and workers do while they wait for each other."""
+"""vLLM's engine core and its workers wait for each other like this."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Which layers of a step go into one write."""
+"""StepLayers decides which layers of a step go into one write."""
 
 from __future__ import annotations
 

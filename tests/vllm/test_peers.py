@@ -238,7 +238,7 @@ def test_a_peer_that_was_cut_off_is_connected_anew(bench: Bench) -> None:
 
 
 def test_a_lost_peer_that_cannot_be_connected_again_is_still_watched(bench: Bench) -> None:
-    """What it may still write comes back when it is proven dead, however its return has failed."""
+    """Its blocks come back when it is proven dead, although its return has failed."""
     bench.unfenced()
     bench.peers.introduce(bench.introduction, bench.now_s)
     bench.run()

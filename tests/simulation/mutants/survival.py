@@ -35,7 +35,7 @@ SURVIVAL = (
         "worker",
         "2.6: a peer that was only silent when it was parted from is not noticed to be fenced later",
         "lmkv/vllm/peers.py",
-        "elif loss is Loss.FENCED and self._departed.uses(peer, transport_id):",
+        "elif loss is Loss.FENCED and (departed := self._departed.take_fenced(peer, transport_id)) is not None:",
         "elif loss is None:",
         needs="faults",
     ),
